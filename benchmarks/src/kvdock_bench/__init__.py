@@ -1,0 +1,1 @@
+"""Benchmark KV-cache methods: RULER-style tasks, one run loop, one report."""
