@@ -1,4 +1,4 @@
-"""KV-cache compression and sparse prefill attention for Hugging Face LLMs; methods dock as packages."""
+"""KV-cache compression and sparse prefill attention for Hugging Face LLMs, as small packages."""
 
 from __future__ import annotations
 
