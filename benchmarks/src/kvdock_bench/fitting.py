@@ -1,0 +1,76 @@
+"""Find the largest haystack whose prompt and answer fit the nominal length."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from kvdock_bench.prompting import Prompt, Prompter
+from kvdock_bench.tasks import Args, Sample, SampleKey, Task
+
+if TYPE_CHECKING:
+    from kvdock_bench.sources import TaskData
+
+
+@dataclass(frozen=True, slots=True)
+class Fitted:
+    """A sample fitted to a length; fit is False when even the smallest one is too long."""
+
+    sample: Sample
+    prompt: Prompt
+    units: int
+    fit: bool
+
+
+def fit_sample(
+    task: Task,
+    *,
+    index: int,
+    length: int,
+    prompter: Prompter,
+    seed: int,
+    data: TaskData,
+    args: Args | None = None,
+) -> Fitted:
+    """Fit one sample so that prompt tokens and generation budget stay within the length."""
+    args = prompter.config.args_for(task) if args is None else {**task.defaults, **args}
+    key = SampleKey(task.name, length, index, seed)
+    room = length - prompter.config.max_new_tokens(task)
+    low, high = task.units(length, args, data)
+
+    def attempt(units: int) -> tuple[Sample, int]:
+        sample = replace(task.build(units, key, args, data), index=index)
+        return sample, len(prompter.tokens(sample)[1])
+
+    best, tokens = attempt(low)
+    fit = tokens <= room
+    units, over, step = low, high + 1, 0
+    here = before = (low, tokens)
+    while fit and over - units > 1:
+        step += 1
+        probe = _next_probe(units, over, (before, here), room, bisect=step % 4 == 0)
+        sample, tokens = attempt(probe)
+        before, here = here, (probe, tokens)
+        if tokens <= room:
+            best, units = sample, probe
+        else:
+            over = probe
+    return Fitted(best, prompter.render(best), units, fit)
+
+
+def _next_probe(
+    units: int, over: int, last: tuple[tuple[int, int], tuple[int, int]], room: int, *, bisect: bool
+) -> int:
+    """Choose a number of units between one that fits and one that does not.
+
+    Tokens grow almost evenly with units, so a line through the last two probes lands close to the
+    answer and few long prompts are tokenized. Now and then the middle, against a line that creeps.
+    """
+    (x0, y0), (x1, y1) = last
+    if bisect:
+        guess = (units + over) // 2
+    elif x0 == x1 or y0 == y1:
+        guess = 2 * units
+    else:
+        guess = x1 + (room - y1) * (x1 - x0) // (y1 - y0)
+    return min(max(guess, units + 1), over - 1)

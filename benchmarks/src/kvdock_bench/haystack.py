@@ -1,0 +1,73 @@
+"""Prose that grows word by word and knows where its sentences end."""
+
+from __future__ import annotations
+
+import hashlib
+import lzma
+from bisect import bisect_left
+from importlib import resources
+from itertools import accumulate
+from pathlib import Path
+
+from kvdock_bench.errors import BenchError
+
+_TITLES = frozenset(("Mr.", "Mrs.", "Ms.", "Dr.", "St.", "Messrs.", "Col.", "Rev.", "Esq."))
+_CLOSING = "\"'_)]}\u201d\u2019"
+
+
+def split_sentences(words: list[str]) -> list[list[str]]:
+    """Split words after a full stop, question or exclamation mark that no small letter follows."""
+    sentences: list[list[str]] = []
+    current: list[str] = []
+    for word, following in zip(words, [*words[1:], ""], strict=True):
+        current.append(word)
+        ends = word.rstrip(_CLOSING).endswith((".", "!", "?")) and word not in _TITLES
+        if ends and not following[:1].islower():
+            sentences.append(current)
+            current = []
+    if current:
+        sentences.append(current)
+    return sentences
+
+
+class Haystack:
+    """A text as sentences; it starts over when more words are asked for than it has."""
+
+    def __init__(self, text: str, name: str) -> None:
+        words = text.split()
+        if len(words) < 100:
+            raise BenchError(
+                f"data.haystack: {name} has {len(words)} words; at least 100 are needed."
+            )
+        self.name = name
+        self.sha256 = hashlib.sha256(text.encode()).hexdigest()
+        self.n_words = len(words)
+        self._sentences = split_sentences(words)
+        self._ends = list(accumulate(len(sentence) for sentence in self._sentences))
+        self._joined = [" ".join(sentence) for sentence in self._sentences]
+
+    def take(self, n_words: int) -> list[str]:
+        """Return the first words of the text as sentences, the last of them cut where needed."""
+        rounds, rest = divmod(n_words, self.n_words)
+        full = bisect_left(self._ends, rest + 1)
+        taken = self._joined * rounds + self._joined[:full]
+        missing = rest - (self._ends[full - 1] if full else 0)
+        if missing:
+            taken.append(" ".join(self._sentences[full][:missing]))
+        return taken
+
+
+def load_haystack(source: str) -> Haystack:
+    """Load "austen", the text shipped with the package, or "file:PATH", a UTF-8 text file."""
+    if source == "austen":
+        packed = resources.files("kvdock_bench") / "resources" / "pride_and_prejudice.txt.xz"
+        text = lzma.decompress(packed.read_bytes()).decode()
+        return Haystack(text, "Austen, Pride and Prejudice")
+    path = Path(source.removeprefix("file:")).expanduser()
+    try:
+        return Haystack(path.read_text(encoding="utf-8"), path.name)
+    except (OSError, UnicodeDecodeError) as err:
+        raise BenchError(
+            f"data.haystack: cannot read {str(path)!r} as UTF-8 text ({err}). "
+            "Write 'austen' or the path of a readable text file after 'file:'."
+        ) from err

@@ -1,0 +1,96 @@
+"""Turn a sample into the text and tokens that the model reads."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kvdock_bench.errors import BenchError
+
+if TYPE_CHECKING:
+    from kvdock_bench.schema import BenchConfig
+    from kvdock_bench.tasks import Sample
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """What the model reads: the text, its tokens, and their number."""
+
+    text: str
+    input_ids: list[int]
+    n_tokens: int
+
+
+class Prompter:
+    """Apply the chat template, the answer prefix and the length cap of one config."""
+
+    def __init__(self, tokenizer: Any, config: BenchConfig) -> None:
+        self.tokenizer = tokenizer
+        self.config = config
+        self._template = _load_template(tokenizer, config.template)
+
+    @property
+    def template_id(self) -> str:
+        """Name the template: "raw", or "chat:" and the start of its hash."""
+        if self._template is None:
+            return "raw"
+        return f"chat:{hashlib.sha256(self._template.encode()).hexdigest()[:12]}"
+
+    def tokens(self, sample: Sample) -> tuple[str, list[int]]:
+        """Return the whole prompt's text and tokens, before any cut."""
+        body = f"{sample.context}\n{sample.question}"
+        prefix = sample.answer_prefix if self.config.answer_prefix != "none" else ""
+        if self._template is None or sample.task in self.config.no_template_tasks:
+            text = body + prefix
+            return text, self._encode_raw(text)
+        inside = self.config.answer_prefix == "in_user"
+        text = self._apply_template(body + prefix if inside else body)
+        if not inside:
+            # The assistant's turn starts here: a leading space would be an odd first token.
+            text += prefix.lstrip()
+        # The template already wrote the special tokens; adding them again would double the BOS.
+        return text, list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def render(self, sample: Sample) -> Prompt:
+        """Return the prompt, its middle cut out where it exceeds max_length."""
+        text, ids = self.tokens(sample)
+        cap = self.config.max_length
+        if cap is not None and len(ids) > cap:
+            head = cap // 2
+            ids = ids[:head] + ids[len(ids) - (cap - head) :]
+            text = self.tokenizer.decode(ids, skip_special_tokens=False)
+        return Prompt(text, ids, len(ids))
+
+    def _apply_template(self, user: str) -> str:
+        return self.tokenizer.apply_chat_template(
+            [{"role": "user", "content": user}],
+            chat_template=self._template,
+            tokenize=False,
+            add_generation_prompt=True,
+            # Read by templates of thinking models only: the answer starts at once.
+            enable_thinking=False,
+        )
+
+    def _encode_raw(self, text: str) -> list[int]:
+        ids = list(self.tokenizer(text)["input_ids"])
+        eos = self.tokenizer.eos_token_id
+        # Some tokenizers close every text; the model must continue this one.
+        return ids[:-1] if ids and eos is not None and ids[-1] == eos else ids
+
+
+def _load_template(tokenizer: Any, choice: str | None) -> str | None:
+    if choice is None:
+        return None
+    if choice != "auto":
+        try:
+            return Path(choice).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as err:
+            raise BenchError(
+                f"template: cannot read {choice!r} ({err}). "
+                "Write 'auto', null, or the path of a .jinja file."
+            ) from err
+    template = getattr(tokenizer, "chat_template", None)
+    # Base models carry no template: they get the plain text, and template_id says "raw".
+    return template.get("default") if isinstance(template, dict) else template
