@@ -134,6 +134,8 @@ class Host:
         """Let the packages of kvdock.commands add theirs to `app`; return the failures by name."""
         failed = {}
         for name, claims in sorted(self._entries(COMMAND_GROUP).items()):
+            if name in self._disabled:
+                continue
             try:
                 plugin = self._import(name, _sole(name, claims))
                 self._caller("kvdock_commands", plugin)(app=app)
