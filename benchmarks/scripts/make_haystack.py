@@ -1,10 +1,11 @@
 """Rebuild resources/pride_and_prejudice.txt.xz from the Debian package r-cran-janeaustenr.
 
 Usage: apt-get download r-cran-janeaustenr
-       python make_haystack.py r-cran-janeaustenr_*.deb ../src/kvdock_bench/resources/pride_and_prejudice.txt.xz
+       python make_haystack.py r-cran-janeaustenr_*.deb OUT.txt.xz
 
-The package stores each novel as a character vector in R's lazy-load database. Everything is decoded here
-in plain Python, so that nobody needs R: an `ar` archive, a tar, an index (Rdata.rdx) and a database (Rdata.rdb).
+The package stores each novel as a character vector in R's lazy-load database. Everything is decoded
+here in plain Python, so that nobody needs R: an `ar` archive, a tar, an index (Rdata.rdx) and a
+database (Rdata.rdb).
 """
 
 import bz2
@@ -21,7 +22,7 @@ from typing import Any
 DATA = "usr/lib/R/site-library/janeaustenr/data/"
 NOVEL = "prideprejudice"
 STRING_FLAGS_UTF8 = 1 << 15
-# R's serialisation format, "R Internals" section 1.8: the type is the low byte of each item's flags.
+# R's serialisation format, "R Internals" section 1.8: an item's type is its flags' low byte.
 SYMBOL, PAIRLIST, CHARACTER, LOGICALS, INTEGERS, STRINGS, VECTOR = 1, 2, 9, 10, 13, 16, 19
 NIL, REFERENCE = 254, 255
 HAS_ATTRIBUTES, HAS_TAG = 1 << 9, 1 << 10
@@ -41,9 +42,11 @@ class RReader:
             self.stream.read(self.integer())
 
     def integer(self) -> int:
+        """Read one big-endian integer."""
         return int(struct.unpack(">i", self.stream.read(4))[0])
 
     def item(self) -> Any:
+        """Read whatever comes next."""
         flags = self.integer()
         kind = flags & 0xFF
         if kind == NIL:
@@ -63,6 +66,7 @@ class RReader:
         return self.vector(kind, flags)
 
     def pairs(self, flags: int) -> dict[Any, Any]:
+        """Read the rest of a pairlist as a mapping from tag to value."""
         if flags & HAS_ATTRIBUTES:
             self.item()
         tag = self.item() if flags & HAS_TAG else None
@@ -70,6 +74,7 @@ class RReader:
         return {**head, **(self.item() or {})}
 
     def vector(self, kind: int, flags: int) -> Any:
+        """Read a vector: a list, or a mapping where it carries names."""
         size = self.integer()
         if kind in (LOGICALS, INTEGERS):
             values: list[Any] = list(struct.unpack(f">{size}i", self.stream.read(4 * size)))
@@ -112,6 +117,7 @@ def deb_members(deb: bytes) -> dict[str, bytes]:
 
 
 def main() -> None:
+    """Decode the package named first into the file named second."""
     deb, target = Path(sys.argv[1]), Path(sys.argv[2])
     files = deb_members(deb.read_bytes())
     index = RReader(gzip.decompress(files[DATA + "Rdata.rdx"])).item()

@@ -32,11 +32,13 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
         for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue
             if key.value in seen:
                 raise yaml.constructor.ConstructorError(
                     None, None, f"the key {key.value!r} is written twice", key.start_mark
                 )
-            seen.add(str(key.value))
+            seen.add(key.value)
         return super().construct_mapping(node, deep)
 
 
@@ -50,7 +52,7 @@ def load_config(name_or_path: str | Path) -> BenchConfig:
     """Load a packaged config by name (any case), or a YAML file by path."""
     text, origin = _read(str(name_or_path))
     try:
-        content = yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
+        content = yaml.load(text, Loader=_Loader)
     except (yaml.YAMLError, RecursionError) as err:
         raise BenchError(f"{origin}: not plain YAML: {err}") from err
     if content is None:
@@ -111,4 +113,6 @@ def _explain(error: Any) -> str:
 
 def _short(value: object) -> str:
     # A few lines of YAML can stand for a value of any size.
-    return reprlib.repr(value)
+    brief = reprlib.Repr()
+    brief.maxlevel = 2
+    return brief.repr(value)

@@ -33,13 +33,13 @@ def split_sentences(words: list[str]) -> list[list[str]]:
 class Haystack:
     """A text as sentences; it starts over when more words are asked for than it has."""
 
-    def __init__(self, text: str, name: str) -> None:
+    def __init__(self, text: str, label: str) -> None:
         words = text.split()
         if len(words) < 100:
             raise BenchError(
-                f"data.haystack: {name} has {len(words)} words; at least 100 are needed."
+                f"data.haystack: {label} has {len(words)} words; at least 100 are needed."
             )
-        self.name = name
+        self.label = label
         self.sha256 = hashlib.sha256(text.encode()).hexdigest()
         self.n_words = len(words)
         self._sentences = split_sentences(words)
@@ -62,10 +62,10 @@ def load_haystack(source: str) -> Haystack:
     if source == "austen":
         packed = resources.files("kvdock_bench") / "resources" / "pride_and_prejudice.txt.xz"
         text = lzma.decompress(packed.read_bytes()).decode()
-        return Haystack(text, "Austen, Pride and Prejudice")
+        return Haystack(text, "offline substitute: Austen, Pride and Prejudice")
     path = Path(source.removeprefix("file:")).expanduser()
     try:
-        return Haystack(path.read_text(encoding="utf-8"), path.name)
+        return Haystack(path.read_text(encoding="utf-8"), f"user file: {path.name}")
     except (OSError, UnicodeDecodeError) as err:
         raise BenchError(
             f"data.haystack: cannot read {str(path)!r} as UTF-8 text ({err}). "

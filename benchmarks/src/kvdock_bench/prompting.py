@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jinja2 import TemplateError
+
 from kvdock_bench.errors import BenchError
 
 if TYPE_CHECKING:
@@ -64,14 +66,20 @@ class Prompter:
         return Prompt(text, ids, len(ids))
 
     def _apply_template(self, user: str) -> str:
-        return self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": user}],
-            chat_template=self._template,
-            tokenize=False,
-            add_generation_prompt=True,
-            # Read by templates of thinking models only: the answer starts at once.
-            enable_thinking=False,
-        )
+        try:
+            text: str = self.tokenizer.apply_chat_template(
+                [{"role": "user", "content": user}],
+                chat_template=self._template,
+                tokenize=False,
+                add_generation_prompt=True,
+                # Read by templates of thinking models only: the answer starts at once.
+                enable_thinking=False,
+            )
+        except TemplateError as err:
+            raise BenchError(
+                f"template: {self.config.template!r} cannot render a user turn ({err})."
+            ) from err
+        return text
 
     def _encode_raw(self, text: str) -> list[int]:
         ids = list(self.tokenizer(text)["input_ids"])

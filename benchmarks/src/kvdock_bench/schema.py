@@ -38,7 +38,7 @@ def parse_length(value: object) -> int:
     return tokens
 
 
-def _as_list(value: object) -> object:
+def _as_list(value: object) -> list[Any]:
     return list(value) if isinstance(value, (list, tuple)) else [value]
 
 

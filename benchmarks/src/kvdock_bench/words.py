@@ -12,15 +12,8 @@ def word_list(kind: str) -> tuple[str, ...]:
     """Return the sorted, distinct plain words of a list: "noun", "adjective" or "verb"."""
     text = resources.files("wonderwords.assets").joinpath(f"{kind}list.txt").read_text("utf-8")
     # Words with capitals, blanks or signs would make keys ambiguous, and there are few of them.
-    return tuple(
-        sorted(
-            {
-                word
-                for line in text.splitlines()
-                if (word := line.strip()).isalpha() and word.islower()
-            }
-        )
-    )
+    words = {line.strip() for line in text.splitlines()}
+    return tuple(sorted(word for word in words if word.isalpha() and word.islower()))
 
 
 @cache

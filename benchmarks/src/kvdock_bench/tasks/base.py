@@ -92,21 +92,25 @@ class Range:
 
     def holds(self, value: object) -> bool:
         """Tell whether the value is a number of the right kind within the bounds."""
-        kinds = (int,) if isinstance(self.low, int) else (int, float)
-        return type(value) in kinds and self.low <= value <= self.high  # type: ignore[operator]
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            return False
+        whole = isinstance(self.low, int)
+        return (isinstance(value, int) or not whole) and self.low <= value <= self.high
 
 
-def check_args(task: str, args: Args, allowed: Mapping[str, Range | bool]) -> None:
-    """Check a task's arguments: known names, right types, in range."""
+def check_args(
+    task: str, args: Args, bounds: Mapping[str, Range], switches: tuple[str, ...] = ()
+) -> None:
+    """Check a task's arguments: known names, numbers in range, switches true or false."""
     for name, value in args.items():
         where = f"task_args: {task}.{name}"
-        rule = allowed.get(name)
-        if rule is None:
-            raise BenchError(f"{where} is unknown.{did_you_mean(name, allowed)}")
-        if isinstance(rule, bool):
+        if name in switches:
             if not isinstance(value, bool):
                 raise BenchError(f"{where} is {value!r}; expected true or false.")
-        elif not rule.holds(value):
-            raise BenchError(
-                f"{where} is {value!r}; expected a number from {rule.low} to {rule.high}."
-            )
+        elif name not in bounds:
+            allowed = [*bounds, *switches]
+            hint = did_you_mean(name, allowed) if allowed else f" {task} takes no arguments."
+            raise BenchError(f"{where} is unknown.{hint}")
+        elif not bounds[name].holds(value):
+            low, high = bounds[name].low, bounds[name].high
+            raise BenchError(f"{where} is {value!r}; expected a number from {low} to {high}.")

@@ -37,8 +37,8 @@ class CommonWords:
     def check_args(self, args: Args) -> None:
         """Raise BenchError when an argument is unknown or out of range."""
         often = Range(1, 1000)
-        allowed = {"num_cw": Range(1, 50), "freq_cw": often, "freq_ucw": often, "one_shot": True}
-        check_args(self.name, args, allowed)
+        bounds = {"num_cw": Range(1, 50), "freq_cw": often, "freq_ucw": often}
+        check_args(self.name, args, bounds, switches=("one_shot",))
 
     def units(self, length: int, args: Args, data: TaskData) -> tuple[int, int]:
         """Count distinct uncommon words."""

@@ -82,9 +82,7 @@ class Niah:
 
     def data_source(self, data: TaskData) -> str:
         """Name the haystack's text."""
-        if self.haystack != "essay":
-            return "as RULER: generated"
-        return f"offline substitute: {data.haystack.name}"
+        return data.haystack.label if self.haystack == "essay" else "as RULER: generated"
 
     def _sentence(self, name: str, value: str) -> str:
         return f"One of the special magic {self.value_kind} for {name} is: {value}."

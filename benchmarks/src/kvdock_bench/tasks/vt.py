@@ -29,8 +29,8 @@ class VariableTracking:
 
     def check_args(self, args: Args) -> None:
         """Raise BenchError when an argument is unknown or out of range."""
-        allowed = {"num_chains": Range(1, 20), "num_hops": Range(1, 20), "one_shot": True}
-        check_args(self.name, args, allowed)
+        bounds = {"num_chains": Range(1, 20), "num_hops": Range(1, 20)}
+        check_args(self.name, args, bounds, switches=("one_shot",))
 
     def units(self, length: int, args: Args, data: TaskData) -> tuple[int, int]:
         """Count blocks of noise."""
