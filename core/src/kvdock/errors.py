@@ -33,3 +33,7 @@ class UnsupportedError(KVDockError):
 
 class CompositionError(KVDockError):
     """Report methods that cannot be combined."""
+
+
+class AccountingError(KVDockError):
+    """Report held memory that differs from what the method's own formula predicts."""

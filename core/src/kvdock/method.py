@@ -27,6 +27,7 @@ class Capabilities:
     backends: tuple[str, ...] = ()
     dtypes: tuple[str, ...] = ("float32", "float16", "bfloat16")
     shortest_gain: int | None = None
+    exact_chunks: bool = True
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,138 @@
+"""The only file that knows how transformers versions differ; it probes and fails loudly."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import transformers
+from torch import Tensor
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.masking_utils import AttentionMaskInterface
+from transformers.modeling_utils import AttentionInterface, PreTrainedModel
+
+from kvdock.errors import UnsupportedError
+
+IMPLEMENTATION = "kvdock"
+"""The name under which the attention and the mask function are registered together."""
+
+FULL, SLIDING = "full_attention", "sliding_attention"
+
+_users = 0
+
+
+def probe() -> None:
+    """Check every transformers feature the core builds on; raise naming the missing one."""
+    features = {
+        "AttentionInterface.register": hasattr(AttentionInterface, "register"),
+        "AttentionMaskInterface.register": hasattr(AttentionMaskInterface, "register"),
+        "AttentionInterface._global_mapping": hasattr(AttentionInterface, "_global_mapping"),
+        "AttentionMaskInterface._global_mapping": hasattr(
+            AttentionMaskInterface, "_global_mapping"
+        ),
+        "PreTrainedModel.set_attn_implementation": hasattr(
+            PreTrainedModel, "set_attn_implementation"
+        ),
+        "CacheLayerMixin.get_mask_sizes(query_length)": "query_length"
+        in inspect.signature(DynamicLayer.get_mask_sizes).parameters,
+    }
+    missing = [name for name, present in features.items() if not present]
+    if missing:
+        raise UnsupportedError(
+            f"transformers {transformers.__version__} lacks {', '.join(missing)}, which kvdock needs."
+            " Install a version in the supported range: pip install 'transformers>=5.4,<6'."
+        )
+
+
+@contextmanager
+def registered(attention: Callable[..., Any], mask: Callable[..., Any]) -> Iterator[None]:
+    """Register both functions while at least one model is attached, and take them out again."""
+    global _users
+    if _users == 0:
+        AttentionInterface.register(IMPLEMENTATION, attention)
+        AttentionMaskInterface.register(IMPLEMENTATION, mask)
+    _users += 1
+    try:
+        yield
+    finally:
+        _users -= 1
+        if _users == 0:
+            AttentionInterface._global_mapping.pop(IMPLEMENTATION, None)
+            AttentionMaskInterface._global_mapping.pop(IMPLEMENTATION, None)
+
+
+@contextmanager
+def implementation(model: PreTrainedModel) -> Iterator[str]:
+    """Switch the model's attention to kvdock and give every config its own value back after."""
+    before = [(config, config._attn_implementation_internal) for config in _configs(model)]
+    name = model.config.get_text_config(decoder=True)._attn_implementation
+    try:
+        model.set_attn_implementation(IMPLEMENTATION)
+        if model.config.get_text_config(decoder=True)._attn_implementation != IMPLEMENTATION:
+            raise UnsupportedError(
+                f"{type(model).__name__} does not go through transformers' attention interface, so no"
+                " method can act on it. kvdock works with models whose attention implementation can"
+                " be set (llama, mistral, qwen2, qwen3, glm4 and most decoder-only models)."
+            )
+        yield name or "sdpa"
+    finally:
+        for config, value in before:
+            config._attn_implementation_internal = value
+
+
+def _configs(model: PreTrainedModel) -> list[Any]:
+    found = {
+        id(module.config): module.config for module in model.modules() if hasattr(module, "config")
+    }
+    for config in list(found.values()):
+        for name in getattr(config, "sub_configs", {}):
+            sub = getattr(config, name, None)
+            if sub is not None:
+                found[id(sub)] = sub
+    return [config for config in found.values() if hasattr(config, "_attn_implementation_internal")]
+
+
+def passthrough_layers(config: Any) -> list[Any]:
+    """Return the cache layers transformers itself would use, one per layer of the model.
+
+    Sliding-window layers hand their states over in a handle, since attention is ours; the layers
+    kvdock manages are replaced by the caller.
+    """
+    layers = list(DynamicCache(config=config).layers)
+    for index, layer in enumerate(layers):
+        if type(layer) is DynamicSlidingWindowLayer:
+            layers[index] = SlidingLayer(sliding_window=layer.sliding_window)
+    return layers
+
+
+def managed_layers(config: Any) -> tuple[int, ...]:
+    """Return the indices of the plain full-attention layers, which kvdock manages."""
+    layers = DynamicCache(config=config).layers
+    types = getattr(config, "layer_types", None) or []
+    odd = sorted({kind for kind in types if kind in ("chunked_attention", "indexed_attention")})
+    if odd:
+        raise UnsupportedError(
+            f"layers of type {', '.join(odd)} need masks kvdock does not build; full_attention,"
+            " sliding_attention and linear layers are supported."
+        )
+    return tuple(index for index, layer in enumerate(layers) if type(layer) is DynamicLayer)
+
+
+class PlainHandle:
+    """Carry the plain states of a layer kvdock does not manage to the attention function."""
+
+    __slots__ = ("key", "value")
+
+    def __init__(self, key: Tensor, value: Tensor) -> None:
+        self.key, self.value = key, value
+
+
+class SlidingLayer(DynamicSlidingWindowLayer):
+    """Store what transformers stores for a sliding window; only the hand-over differs."""
+
+    def update(self, *args: Any, **kwargs: Any) -> tuple[PlainHandle, PlainHandle]:
+        """Return the stored states in a handle, twice."""
+        handle = PlainHandle(*super().update(*args, **kwargs))
+        return handle, handle

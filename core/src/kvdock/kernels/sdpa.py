@@ -1,0 +1,61 @@
+"""Dense attention through torch's scaled_dot_product_attention (cuDNN, flash or efficient)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
+
+from kvdock.policy import AttentionParams
+
+QUERY_BLOCK = 512
+"""Queries per mask where a kernel has no bottom-right causal form (CPU)."""
+
+
+class SDPABackend:
+    """Call the same function, with the same arguments, as transformers' ``sdpa``."""
+
+    name = "sdpa"
+    ragged = None
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, params: AttentionParams) -> Tensor:
+        """Attend causally, the last query aligned with the last key; shapes as in ``reference``."""
+        q_length, k_length = query.shape[2], key.shape[2]
+        if q_length == k_length or q_length == 1:
+            output = _sdpa(query, key, value, params, is_causal=q_length > 1)
+        elif query.is_cuda:
+            bias = causal_lower_right(q_length, k_length)
+            output = _sdpa(query, key, value, params, mask=bias)
+        else:
+            output = _blocked(query, key, value, params)
+        return output.transpose(1, 2).contiguous()
+
+
+def _sdpa(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    params: AttentionParams,
+    *,
+    is_causal: bool = False,
+    mask: Tensor | None = None,
+) -> Tensor:
+    gqa = {"enable_gqa": True} if query.shape[1] != key.shape[1] else {}
+    return F.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, scale=params.scaling, is_causal=is_causal, **gqa
+    )
+
+
+def _blocked(query: Tensor, key: Tensor, value: Tensor, params: AttentionParams) -> Tensor:
+    q_length, k_length = query.shape[2], key.shape[2]
+    blocks = []
+    for start in range(0, q_length, QUERY_BLOCK):
+        stop = min(start + QUERY_BLOCK, q_length)
+        end = k_length - q_length + stop
+        mask = torch.ones(stop - start, end, dtype=torch.bool, device=query.device)
+        mask = mask.tril(end - (stop - start))
+        blocks.append(
+            _sdpa(query[:, :, start:stop], key[:, :, :end], value[:, :, :end], params, mask=mask)
+        )
+    return torch.cat(blocks, dim=2)

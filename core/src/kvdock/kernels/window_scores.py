@@ -1,0 +1,77 @@
+"""Attention probabilities of the observation window, a few key/value heads at a time.
+
+Shapes: b rows, H query heads, K key/value heads, G = H/K, W window queries, N keys, D head_dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from kvdock.policy import AttentionParams
+
+BLOCK_BYTES = 64 * 2**20
+"""Largest float32 probability block; bounds the extra memory whatever the prompt length."""
+
+
+def window_probabilities(
+    queries: Tensor, keys: Tensor, params: AttentionParams
+) -> Iterator[tuple[slice, Tensor]]:
+    """Yield ``(heads, probabilities [b, k, G, W, N])`` over slices of the key/value heads.
+
+    Row r of the window stands at position N − W + r and sees the keys up to itself. Products
+    accumulate in float32 and the softmax stays in float32.
+
+    Args:
+        queries: the last W queries, [b, H, W, D].
+        keys: all keys they may see, [b, K, N, D].
+    """
+    b, h, w, d = queries.shape
+    kv_heads, n = keys.shape[1], keys.shape[2]
+    group = h // kv_heads
+    grouped = queries.reshape(b, kv_heads, group * w, d)
+    future = torch.ones(w, w, dtype=torch.bool, device=keys.device).triu(1)
+    step = max(1, BLOCK_BYTES // (b * group * w * n * 4))
+    for start in range(0, kv_heads, step):
+        heads = slice(start, min(start + step, kv_heads))
+        logits = _product(grouped[:, heads], keys[:, heads]) * params.scaling
+        if params.softcap is not None:
+            logits = torch.tanh(logits / params.softcap) * params.softcap
+        logits = logits.view(b, -1, group, w, n)
+        logits[..., n - w :].masked_fill_(future, float("-inf"))
+        yield heads, _softmax(logits, params.sinks, heads, group)
+
+
+def window_votes(queries: Tensor, keys: Tensor, params: AttentionParams) -> Tensor:
+    """Sum the window's probabilities over its queries and average over each group.
+
+    SnapKV's votes: v[b, k, j] = mean_g Σ_r A[b, g, r, j].
+
+    Returns:
+        float32 [b, K, N].
+    """
+    votes = [
+        block.sum(dim=3).mean(dim=2) for _, block in window_probabilities(queries, keys, params)
+    ]
+    return torch.cat(votes, dim=1)
+
+
+def _product(query: Tensor, key: Tensor) -> Tensor:
+    """Multiply [b, k, M, D] by [b, k, N, D]ᵀ with a float32 result, never rounding to half."""
+    if query.dtype == torch.float32:
+        return query @ key.transpose(-1, -2)
+    if query.is_cuda:
+        left, right = query.flatten(0, 1), key.flatten(0, 1).transpose(-1, -2)
+        product = torch.bmm(left, right, out_dtype=torch.float32)
+        return product.view(*query.shape[:3], key.shape[2])
+    return query.float() @ key.float().transpose(-1, -2)
+
+
+def _softmax(logits: Tensor, sinks: Tensor | None, heads: slice, group: int) -> Tensor:
+    if sinks is None:
+        return logits.softmax(dim=-1)
+    sink = sinks.float().view(-1, group)[heads].view(1, -1, group, 1, 1)
+    column = sink.expand(*logits.shape[:-1], 1)
+    return torch.cat([logits, column], dim=-1).softmax(dim=-1)[..., :-1]

@@ -1,0 +1,85 @@
+"""What one `attach` decided: the policies, the budget and the kernels a cache works with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from kvdock.budget import Budget
+from kvdock.kernels import DenseBackend
+from kvdock.layout import BatchLayout
+from kvdock.policy import AttentionParams, AttentionPolicy, CachePolicy, ModelFacts
+
+
+@dataclass(eq=False)
+class DockPlan:
+    """Hold the decisions of one attachment; shared, never copied, by all its caches.
+
+    Args:
+        cache_policy: None keeps every entry (sparse prefill alone).
+        attention_policy: None means dense prefill.
+        managed: model layer indices whose cache kvdock holds, in order.
+    """
+
+    methods: tuple[str, ...]
+    cache_policy: CachePolicy | None
+    attention_policy: AttentionPolicy | None
+    budget: Budget
+    backend: DenseBackend
+    fallback: DenseBackend
+    facts: ModelFacts
+    config: Any
+    managed: tuple[int, ...]
+    attached: bool = True
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> DockPlan:
+        """Return self, so that copying a cache does not copy the model's config and policies."""
+        return self
+
+    @property
+    def window(self) -> int:
+        """Return the number of last prompt queries the policy reads."""
+        return self.cache_policy.query_window if self.cache_policy else 0
+
+    def layer_slots(self, tokens: int, slot_bytes: int) -> Sequence[int]:
+        """Return each managed layer's allowance for a row of ``tokens`` tokens.
+
+        Args:
+            slot_bytes: bytes of one slot over the whole cache (layers, rows, heads).
+        """
+        layers = len(self.managed)
+        if self.cache_policy is None:
+            return [tokens] * layers
+        slots = self.budget.slots(tokens, slot_bytes=slot_bytes)
+        if slots >= tokens:
+            return [max(slots, 1)] * layers
+        return self.cache_policy.layer_slots(tokens, slots, layers)
+
+    def prefill(
+        self, query: Tensor, key: Tensor, value: Tensor, params: AttentionParams, layer: int
+    ) -> Tensor:
+        """Attend with the last queries of clean rows: [b, H, Q, D] → [b, Q, H, D]."""
+        if self.attention_policy is not None:
+            return self.attention_policy.prefill(query, key, value, params, layer=layer)
+        backend = self.backend if params.plain else self.fallback
+        return backend.attend(query, key, value, params)
+
+    def prefill_ragged(
+        self,
+        rows: Sequence[tuple[Tensor, Tensor, Tensor]],
+        layout: BatchLayout,
+        output: Tensor,
+        params: AttentionParams,
+        layer: int,
+    ) -> None:
+        """Attend row by row over compacted rows, in one varlen call where the backend has one."""
+        spans = [span for span in layout.spans or [] if span.count]
+        if self.attention_policy is None and params.plain and self.backend.ragged is not None:
+            for span, states in zip(spans, self.backend.ragged(rows, params), strict=True):
+                span.put(output, states)
+            return
+        for span, (query, key, value) in zip(spans, rows, strict=True):
+            span.put(output, self.prefill(query, key, value, params, layer))

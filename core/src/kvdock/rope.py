@@ -1,0 +1,74 @@
+"""Turn cached keys to other positions with the model's own rotary functions."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+STATIC_TYPES = ("default", "linear", "llama3", "yarn", "proportional")
+"""RoPE types whose angles do not depend on the length seen so far."""
+
+Rotate = Callable[[Tensor, Tensor, int], Tensor]
+
+
+def make_rotation(model: nn.Module, managed: tuple[int, ...]) -> tuple[Rotate | None, str]:
+    """Return ``rotate(key [b, K, N, D], delta [b, N], rank)`` and, when it is None, the reason.
+
+    RoPE depends on relative positions only: turning a rotated key by ``delta`` more positions is
+    the same as rotating the raw key at its new position.
+    """
+    rotary = next(
+        (m for m in model.modules() if type(m).__name__.endswith("RotaryEmbedding")), None
+    )
+    if rotary is None:
+        return None, "the model has no rotary position embedding"
+    kind = getattr(rotary, "rope_type", "default")
+    kinds = set(kind.values()) if isinstance(kind, dict) else {kind}
+    if not kinds <= set(STATIC_TYPES):
+        return None, f"its RoPE type {', '.join(sorted(kinds))} changes angles with the length"
+    attention = _attention_modules(model)
+    if any(index not in attention for index in managed):
+        return None, "its attention modules carry no layer_idx"
+    apply = getattr(
+        sys.modules[type(attention[managed[0]]).__module__], "apply_rotary_pos_emb", None
+    )
+    if apply is None:
+        return None, "its modeling file has no apply_rotary_pos_emb"
+    per_type = "layer_type" in inspect.signature(rotary.forward).parameters
+
+    def rotate(key: Tensor, delta: Tensor, rank: int) -> Tensor:
+        module = attention[managed[rank]]
+        if not getattr(module, "use_rope", True):
+            return key
+        states = key.float()
+        extra = (_layer_type(module),) if per_type else ()
+        cos, sin = rotary(states, delta, *extra)
+        scale = _scaling(rotary, extra)
+        turned: Tensor = apply(states, states, cos / scale, sin / scale)[1]
+        return turned.to(key.dtype)
+
+    return rotate, ""
+
+
+def _attention_modules(model: nn.Module) -> dict[int, Any]:
+    found: dict[int, Any] = {}
+    for module in model.modules():
+        index = getattr(module, "layer_idx", None)
+        if isinstance(index, int) and type(module).__name__.endswith("Attention"):
+            found.setdefault(index, module)
+    return found
+
+
+def _layer_type(module: Any) -> str:
+    kind = getattr(module, "layer_type", None)
+    return kind if kind is not None else module.config.layer_types[module.layer_idx]
+
+
+def _scaling(rotary: Any, extra: tuple[str, ...]) -> float:
+    """Return the constant YaRN puts into cos and sin, so that it is not applied twice."""
+    name = f"{extra[0]}_attention_scaling" if extra else "attention_scaling"
+    return float(getattr(rotary, name, 1.0))

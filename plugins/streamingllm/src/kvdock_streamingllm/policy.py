@@ -1,0 +1,100 @@
+"""StreamingLLM's eviction (section 3 of the paper) with positions inside the cache.
+
+Shapes: B or b rows, K key/value heads, N entries or slots, S sinks, C kept entries, D head_dim.
+"""
+
+import torch
+from kvdock.budget import Budget
+from kvdock.errors import BudgetError, UnsupportedError
+from kvdock.policy import CachePolicy, DecodeView, ModelFacts, PrefillView, Release, Selection
+from torch import Tensor
+
+from kvdock_streamingllm.options import StreamingLLMOptions
+
+SINKS, EVICTED = "sink_keys", "evicted"
+
+
+class StreamingLLMPolicy(CachePolicy):
+    """Keep positions [0, S) and the last C − S, at the prompt's end and after every step.
+
+    The paper numbers positions inside the cache. RoPE sees relative distances only, so the recent
+    keys and the query stay where they are and the S sinks move towards them by the number of evicted
+    tokens e: a sink j stands at position j + e. Original sink keys are kept, so no error builds up.
+    """
+
+    acts_on_decode = True
+    acts_on_later_turns = True
+
+    def __init__(self, options: StreamingLLMOptions) -> None:
+        self.options = options
+        self._facts: ModelFacts | None = None
+
+    @property
+    def moves_sinks(self) -> bool:
+        """Say whether sinks follow the window."""
+        return self.options.positions == "cache" and self.options.sinks > 0
+
+    def bind(self, facts: ModelFacts) -> None:
+        """Take the model's rotary functions, which positions inside the cache need."""
+        if self.moves_sinks and facts.rotate is None:
+            raise UnsupportedError(
+                f"streamingllm: positions='cache' moves keys by RoPE, but {facts.rotate_reason}."
+                " Use positions='original'."
+            )
+        self._facts = facts
+
+    def check_budget(self, budget: Budget) -> None:
+        """Refuse a budget of slots that the sinks alone would fill."""
+        if budget.kind == "tokens" and budget.amount <= self.options.sinks:
+            raise BudgetError(
+                f"streamingllm: budget {budget} leaves nothing beside {self.options.sinks} sinks."
+                " Raise the budget or lower sinks."
+            )
+
+    def select(self, view: PrefillView) -> Selection:
+        """Keep the sinks and the most recent entries; drop what lies between."""
+        b, kv_heads, n, head_dim = view.keys.shape
+        sinks = min(self.options.sinks, view.slots - 1)
+        device = view.keys.device
+        first = torch.arange(sinks, device=device)
+        recent = torch.arange(n - (view.slots - sinks), n, device=device)
+        index = torch.cat([first, recent]).expand(b, kv_heads, view.slots)
+        if not self.moves_sinks:
+            return Selection(index)
+        raw = view.keys.new_zeros(b, kv_heads, self.options.sinks, head_dim)
+        raw[:, :, :sinks] = self._raw(view.keys[:, :, :sinks], view.row_state)
+        evicted = view.positions[:, 0, -1] + 1 - view.slots
+        keys = view.keys.gather(2, index[..., None].expand(-1, -1, -1, head_dim))
+        delta = evicted[:, None].expand(b, sinks)
+        keys[:, :, :sinks] = self._turn(raw[:, :, :sinks], delta, view.layer)
+        return Selection(index, keys=keys, row_state={SINKS: raw, EVICTED: evicted})
+
+    def release(self, view: DecodeView) -> Release:
+        """Give up the oldest entry behind the sinks and move the sinks on by one."""
+        position = view.positions.long()
+        sinks = (view.slots - 1).clamp(max=self.options.sinks)
+        last = torch.iinfo(torch.int64).max
+        oldest = position.masked_fill(position < sinks[:, None, None], last).argmin(dim=2)
+        if not self.moves_sinks:
+            return Release(oldest)
+        order = position.masked_fill(position < 0, last)
+        slots = order.topk(self.options.sinks, dim=2, largest=False, sorted=True).indices
+        held = view.keys.gather(2, slots[..., None].expand(-1, -1, -1, view.keys.shape[3]))
+        raw = self._raw(held, view.row_state)
+        evicted = view.row_state.get(EVICTED, torch.zeros_like(view.slots)) + view.over
+        rank = torch.arange(self.options.sinks, device=slots.device)
+        is_sink = rank < sinks[:, None]
+        keys = self._turn(raw, evicted[:, None] * is_sink, view.layer)
+        keys = torch.where(is_sink[:, None, :, None], keys, held)
+        return Release(oldest, slots, keys, {SINKS: raw, EVICTED: evicted})
+
+    def _raw(self, held: Tensor, row_state: dict[str, Tensor]) -> Tensor:
+        """Return the sinks' keys as the model made them; rows that never evicted hold them still."""
+        if SINKS not in row_state:
+            return held
+        moved = (row_state[EVICTED] > 0)[:, None, None, None]
+        return torch.where(moved, row_state[SINKS][:, :, : held.shape[2]], held)
+
+    def _turn(self, raw: Tensor, delta: Tensor, layer: int) -> Tensor:
+        assert self._facts is not None and self._facts.rotate is not None
+        return self._facts.rotate(raw, delta, layer)
