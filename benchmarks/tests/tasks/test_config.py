@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 
 from kvdock.errors import KVDockError
@@ -58,6 +61,13 @@ def test_everything_a_file_can_say(write):
     assert config.max_new_tokens(get_task("cwe")) == 120
     assert config.args_for(get_task("vt")) == {"num_chains": 1, "num_hops": 2, "one_shot": False}
     assert BenchConfig.model_validate(config.model_dump(mode="json")) == config
+
+
+def test_the_config_in_the_readme_loads(write):
+    readme = (Path(__file__).parents[2] / "README.md").read_text("utf-8")
+    block = re.search(r"```yaml\n(.*?)```", readme, re.DOTALL)[1]
+    config = load_config(write(block))
+    assert set(type(config).model_fields) == set(re.findall(r"^(\w+):", block, re.MULTILINE))
 
 
 def test_defaults_are_the_light_group_with_the_chat_template(write):
