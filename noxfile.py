@@ -21,7 +21,7 @@ COMPANIONS = {
     "flexprefill": ("snapkv", "streamingllm"),
     "xattention": ("snapkv", "streamingllm"),
 }
-FLOOR = ("pluggy==1.6.0", "typer==0.20.0")
+FLOOR = ("pluggy==1.6.0", "typer==0.26.0")
 """The lowest versions that core/pyproject.toml allows."""
 
 # without byte code every process parses torch anew, which doubles the time of the tests
