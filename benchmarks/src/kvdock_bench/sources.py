@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from kvdock_bench.tasks import Task
 
 
+# Raise it when the same key starts to give another prompt: old answers must not be reused then.
+GENERATOR = 1
+
+
 class TaskData:
     """Hold the haystack and the question collections that a config names."""
 
@@ -43,7 +47,11 @@ class TaskData:
         for task in tasks:
             if hops := getattr(task, "hops", None):
                 hashes[task.name] = self.qa(hops).sha256
-        return {"tasks": {task.name: task.data_source(self) for task in tasks}, "sha256": hashes}
+        return {
+            "generator": GENERATOR,
+            "tasks": {task.name: task.data_source(self) for task in tasks},
+            "sha256": hashes,
+        }
 
 
 def load_data(sources: DataSources) -> TaskData:

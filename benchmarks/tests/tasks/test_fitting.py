@@ -79,7 +79,7 @@ def test_another_process_with_another_hash_seed_gives_the_same_samples():
 
 
 def test_prompts_do_not_change_between_releases(data):
-    """A changed prompt is a changed benchmark: raise the version and redo the committed numbers."""
+    """A changed prompt is a changed benchmark: raise GENERATOR and redo the committed numbers."""
     from kvdock_bench.tasks import SampleKey, get_tasks
 
     lines = []
