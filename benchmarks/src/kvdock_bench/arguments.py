@@ -1,0 +1,29 @@
+"""The arguments of `kvdock bench`, as the command line gives them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Arguments:
+    """Everything the user chose; None where the config or the machine decides."""
+
+    model_path: str = "smollm2-135m"
+    cfg_path: str = "RULER"
+    device: tuple[str, ...] = ()
+    torch_dtype: str | None = None
+    acceleration: tuple[str, ...] = ()
+    batch_size: str | None = None
+    budget: tuple[str, ...] = ()
+    settings: tuple[str, ...] = ()
+    limit: int | None = None
+    max_length: str | None = None
+    template: str | None = None
+    save_tag: str | None = None
+    resume: bool = False
+    overwrite: bool = False
+    dry_run: bool = False
+    output_dir: Path = Path("runs")
+    command: tuple[str, ...] = ()

@@ -1,0 +1,155 @@
+"""The commands `kvdock bench` and `kvdock report`; heavy imports wait until one of them runs."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperCommand
+
+from kvdock.hookspecs import hookimpl
+from kvdock_bench.arguments import Arguments
+from kvdock_bench.errors import BenchError
+
+_SEVERAL = ("--acceleration", "--budget", "--device", "--set")
+_RESERVED = {
+    "--gp_num": "spreading a run over several GPUs",
+    "--adapter_path": "running with a PEFT adapter",
+}
+
+
+class _SeveralValues(TyperCommand):
+    """Let one flag take several values: `--acceleration SnapKV H2O`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Repeat the flag before each further value, then parse as usual."""
+        return super().parse_args(ctx, repeat_flags(args))
+
+
+def repeat_flags(args: list[str]) -> list[str]:
+    """Write `--flag a b` as `--flag a --flag b`, for the flags that take several values."""
+    result: list[str] = []
+    flag, taken = "", 0
+    for word in args:
+        if word.startswith("--"):
+            flag, taken = (word, 0) if word in _SEVERAL else ("", 0)
+        elif flag:
+            if taken:
+                result.append(flag)
+            taken += 1
+        result.append(word)
+    return result
+
+
+Names = list[str] | None
+
+
+def bench(
+    model_path: Annotated[
+        str, typer.Option("--model_path", help="smollm2-135m, a local folder, or a hub id.")
+    ] = "smollm2-135m",
+    cfg_path: Annotated[
+        str, typer.Option("--cfg_path", help="A packaged config (RULER, demo) or a YAML file.")
+    ] = "RULER",
+    acceleration: Annotated[
+        Names, typer.Option("--acceleration", help="Methods beside the full cache; several.")
+    ] = None,
+    budget: Annotated[
+        Names,
+        typer.Option("--budget", help="2048 slots, 25% of the prompt, or 1GiB; one column each."),
+    ] = None,
+    settings: Annotated[
+        Names, typer.Option("--set", help="method.option=value; see `kvdock show METHOD`.")
+    ] = None,
+    device: Annotated[Names, typer.Option("--device", help="cpu, or the index of a GPU.")] = None,
+    torch_dtype: Annotated[
+        str | None, typer.Option("--torch_dtype", help="float32, float16 or bfloat16.")
+    ] = None,
+    batch_size: Annotated[
+        str | None, typer.Option("--batch_size", help="Prompts at once, or auto.")
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option("--limit", min=1, help="At most this many samples a task.")
+    ] = None,
+    max_length: Annotated[
+        str | None,
+        typer.Option("--max_length", help="Cut the middle out of longer prompts: 4096 or 4k."),
+    ] = None,
+    template: Annotated[
+        str | None, typer.Option("--template", help="auto, none, or the path of a .jinja file.")
+    ] = None,
+    save_tag: Annotated[
+        str | None, typer.Option("--save_tag", help="Name of the run's folder.")
+    ] = None,
+    output_dir: Annotated[
+        Path, typer.Option("--output_dir", help="Where run folders are made.")
+    ] = Path("runs"),
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Set an earlier run aside and start anew.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry_run", help="Print the plan and the memory it needs; run nothing.")
+    ] = False,
+    server: Annotated[str, typer.Option("--server", help="transformers.")] = "transformers",
+    gp_num: Annotated[str | None, typer.Option("--gp_num", hidden=True)] = None,
+    adapter_path: Annotated[str | None, typer.Option("--adapter_path", hidden=True)] = None,
+) -> None:
+    """Measure accuracy, time and memory of methods against the full cache."""
+    _refuse_reserved(server, {"--gp_num": gp_num, "--adapter_path": adapter_path})
+    from kvdock_bench.session import bench as run_bench
+
+    arguments = Arguments(
+        model_path=model_path,
+        cfg_path=cfg_path,
+        device=tuple(device or ()),
+        torch_dtype=torch_dtype,
+        acceleration=tuple(acceleration or ()),
+        batch_size=batch_size,
+        budget=tuple(budget or ()),
+        settings=tuple(settings or ()),
+        limit=limit,
+        max_length=max_length,
+        template=template,
+        save_tag=save_tag,
+        resume=resume,
+        overwrite=overwrite,
+        dry_run=dry_run,
+        output_dir=output_dir,
+        command=("kvdock", *sys.argv[1:]),
+    )
+    raise typer.Exit(run_bench(arguments))
+
+
+def report(
+    run: Annotated[str, typer.Argument(help="A run folder, or its --save_tag.")],
+    output_dir: Annotated[Path, typer.Option("--output_dir", help="Where run folders lie.")] = Path(
+        "runs"
+    ),
+) -> None:
+    """Make the tables, plots and report.html of a run again from its records."""
+    from rich.console import Console
+
+    from kvdock_bench.folder import find_run, read_run
+    from kvdock_bench.results import remake
+
+    folder = find_run(run, output_dir)
+    remake(folder, read_run(folder)).show(Console())
+
+
+@hookimpl
+def kvdock_commands(app: Any) -> None:
+    """Add `bench` and `report` to the command line."""
+    app.command("bench", cls=_SeveralValues)(bench)
+    app.command("report")(report)
+
+
+def _refuse_reserved(server: str, given: dict[str, str | None]) -> None:
+    if server != "transformers":
+        known = "is not available in this version" if server == "vllm" else "is unknown"
+        raise BenchError(f"--server {server} {known}; use --server transformers.")
+    for flag, value in given.items():
+        if value is not None:
+            raise BenchError(f"{flag}: {_RESERVED[flag]} is not available in this version.")

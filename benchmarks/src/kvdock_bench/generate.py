@@ -1,0 +1,206 @@
+"""Generate one batch and measure it: time to first token, time per token, cache bytes, peak."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import (
+    DynamicCache,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
+
+from kvdock_bench.record import MemoryUse, Timings
+from kvdock_bench.shape import KVShape
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """One row of a batch."""
+
+    text: str
+    n_new_tokens: int
+    finish_reason: str
+    timings: Timings
+    memory: MemoryUse
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """How to generate; the same for every row of a batch."""
+
+    max_new_tokens: int
+    do_sample: bool = False
+    stop: tuple[str, ...] = ()
+    seed: int = 0
+
+
+class _PrefillEnd(LogitsProcessor):
+    """Count steps; the first scores mark the end of prefill, chunked or not."""
+
+    def __init__(self, watch: _Watch) -> None:
+        self._watch = watch
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Return the scores untouched."""
+        self._watch.steps += 1
+        if self._watch.steps == 1:
+            self._watch.prefill_end = self._watch.now()
+            self._watch.held = self._watch.held_bytes()
+        return scores
+
+
+class _FirstToken(StoppingCriteria):
+    """Note when the first token is chosen; never stops anything."""
+
+    def __init__(self, watch: _Watch) -> None:
+        self._watch = watch
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.BoolTensor:
+        """Return False for every row."""
+        if self._watch.steps == 1:
+            self._watch.first_token = self._watch.now()
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)  # type: ignore[return-value]
+
+
+class _Watch:
+    """The marks of one `generate` call; the device is idle at each."""
+
+    def __init__(self, device: torch.device, held_bytes: Callable[[], int]) -> None:
+        self.steps = self.held = 0
+        self.held_bytes = held_bytes
+        self._device = device
+        self.start = self.prefill_end = self.first_token = self.now()
+
+    def now(self) -> float:
+        """Wait for the device and return the time."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        return time.perf_counter()
+
+    def timings(self, rows: int) -> Timings:
+        """Return the times up to now; call it when `generate` has returned."""
+        end = self.now()
+        decode = end - self.first_token
+        return Timings(
+            prefill_s=self.prefill_end - self.start,
+            ttft_s=self.first_token - self.start,
+            decode_s=decode,
+            tpot_s=decode / (self.steps - 1) if self.steps > 1 else None,
+            generate_s=(end - self.start) / rows,
+        )
+
+
+class Generator:
+    """Run one loaded model; the same code measures the full cache and every method."""
+
+    def __init__(self, model: Any, tokenizer: Any, shape: KVShape, item_bytes: int) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self._shape = shape
+        self._item_bytes = item_bytes
+        self._device: torch.device = model.device
+
+    def run(self, prompts: Sequence[list[int]], settings: Settings, dock: Any) -> list[Answer]:
+        """Generate for a batch of token lists; `dock` is None for the full cache."""
+        ids, mask = self._pad_left(prompts)
+        extra: dict[str, Any] = {}
+        cache = None
+        if dock is None:
+            cache = extra["past_key_values"] = DynamicCache(config=self.model.config)
+        if settings.stop:
+            extra |= {"stop_strings": list(settings.stop), "tokenizer": self.tokenizer}
+        torch.manual_seed(settings.seed)
+        self._reset_peak()
+        watch = _Watch(self._device, lambda: 0 if cache is None else cache_bytes(cache))
+        output = self.model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            generation_config=self._config(settings),
+            logits_processor=LogitsProcessorList([_PrefillEnd(watch)]),
+            stopping_criteria=StoppingCriteriaList([_FirstToken(watch)]),
+            **extra,
+        )
+        timings = watch.timings(len(prompts))
+        peak = self._peak()
+        held = watch.held if dock is None else dock.report().bytes_after_prefill
+        return [
+            self._answer(row, len(prompt), settings, timings, peak, held / len(prompts))
+            for row, prompt in zip(output[:, ids.shape[1] :].tolist(), prompts, strict=True)
+        ]
+
+    def _answer(
+        self,
+        row: list[int],
+        n_prompt: int,
+        settings: Settings,
+        timings: Timings,
+        peak: int | None,
+        held: float,
+    ) -> Answer:
+        ends = self._end_tokens()
+        stop = next((i for i, token in enumerate(row) if token in ends), None)
+        count = len(row) if stop is None else stop + 1
+        text = self.tokenizer.decode(row[:count], skip_special_tokens=True)
+        cuts = [text.index(word) for word in settings.stop if word in text]
+        finished = stop is not None or bool(cuts)
+        full = self._shape.full_bytes(n_prompt, self._item_bytes)
+        return Answer(
+            text=text[: min(cuts)] if cuts else text,
+            n_new_tokens=count,
+            finish_reason="stop" if finished else "length",
+            timings=timings,
+            memory=MemoryUse(peak, round(held), full, held / full if full else 1.0),
+        )
+
+    def _config(self, settings: Settings) -> Any:
+        config = copy.deepcopy(self.model.generation_config)
+        config.do_sample = settings.do_sample
+        if not settings.do_sample:
+            # a model's own sampling settings only cause warnings when decoding is greedy
+            config.temperature = config.top_p = config.top_k = None
+        config.num_beams = 1
+        config.max_length = None
+        config.max_new_tokens = settings.max_new_tokens
+        config.pad_token_id = self.tokenizer.pad_token_id
+        return config
+
+    def _end_tokens(self) -> set[int]:
+        ends = self.model.generation_config.eos_token_id
+        if ends is None:
+            return set()
+        return set(ends) if isinstance(ends, list) else {ends}
+
+    def _pad_left(self, prompts: Sequence[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+        width = max(map(len, prompts))
+        fill = self.tokenizer.pad_token_id or 0
+        ids = [[fill] * (width - len(row)) + row for row in prompts]
+        mask = [[0] * (width - len(row)) + [1] * len(row) for row in prompts]
+        return torch.tensor(ids, device=self._device), torch.tensor(mask, device=self._device)
+
+    def _reset_peak(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
+
+    def _peak(self) -> int | None:
+        if self._device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self._device)
+        return None
+
+
+def cache_bytes(cache: DynamicCache) -> int:
+    """Return the bytes allocated for a plain cache's keys and values, views counted whole, once."""
+    storages = {}
+    for layer in cache.layers:
+        for tensor in (getattr(layer, "keys", None), getattr(layer, "values", None)):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())

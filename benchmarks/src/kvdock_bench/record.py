@@ -1,0 +1,107 @@
+"""One generated answer: what was asked, what came back, how long it took, what it held."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+OOM = "oom"
+UNFIT = "does not fit"
+
+
+@dataclass(frozen=True, slots=True)
+class Timings:
+    """Seconds; a batch's rows share prefill and steps, and split `generate_s` evenly.
+
+    Args:
+        prefill_s: until the prompt's scores are there.
+        ttft_s: until the first token is chosen; equal to prefill_s but for the choice itself.
+        decode_s: from then to the end.
+        tpot_s: decode_s per decode step of the batch; None without a second token.
+        generate_s: this row's share of the batch's wall time; their sum is the reasoning time.
+    """
+
+    prefill_s: float
+    ttft_s: float
+    decode_s: float
+    tpot_s: float | None
+    generate_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryUse:
+    """Bytes per row; the peak is the device's and None on CPU, where nothing measures it.
+
+    Args:
+        kv_bytes: keys and values held after prefill, as allocated.
+        kv_full_bytes: what a full cache holds for this prompt.
+    """
+
+    peak_alloc_bytes: int | None
+    kv_bytes: int
+    kv_full_bytes: int
+    kv_ratio: float
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One line of a prediction file; without timings and memory where `error` is set."""
+
+    key: str
+    method_id: str
+    method: str
+    task: str
+    length: int
+    index: int
+    seed: int
+    prompt_sha: str
+    n_prompt_tokens: int
+    units: int
+    references: list[str]
+    data_source: str
+    device: str
+    batch_size: int
+    prediction: str | None = None
+    score: float | None = None
+    n_new_tokens: int | None = None
+    finish_reason: str | None = None
+    timings: Timings | None = None
+    memory: MemoryUse | None = None
+    error: str | None = None
+    schema_version: int = 1
+
+    @property
+    def finished(self) -> bool:
+        """Tell whether a resumed run may skip this one: an unexpected error is tried again."""
+        return self.error in (None, OOM, UNFIT)
+
+    def to_line(self) -> bytes:
+        """Return the record as one line of JSON."""
+        text = json.dumps(asdict(self), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+        return text.encode("utf-8", "backslashreplace") + b"\n"
+
+    @classmethod
+    def from_line(cls, line: bytes) -> Record:
+        """Read a line; raises ValueError when it is not a record."""
+        content = json.loads(line)
+        if not isinstance(content, dict):
+            raise ValueError("not a JSON object")
+        try:
+            timings, memory = content.pop("timings"), content.pop("memory")
+            record = cls(
+                **content,
+                timings=Timings(**timings) if timings else None,
+                memory=MemoryUse(**memory) if memory else None,
+            )
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"not a prediction record ({error})") from error
+        record._check()
+        return record
+
+    def _check(self) -> None:
+        kinds: dict[str, Any] = {"str": str, "int": int}
+        for item in fields(self):
+            kind = kinds.get(str(item.type))
+            if kind is not None and type(getattr(self, item.name)) is not kind:
+                raise ValueError(f"{item.name} is not {item.type}")

@@ -1,0 +1,226 @@
+"""The run loop: prompts once for all methods, batches, out-of-memory, one record per answer."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kvdock.errors import KVDockError
+from kvdock_bench.batches import Item, make_batches
+from kvdock_bench.fitting import fit_sample
+from kvdock_bench.generate import Answer, Generator, Settings
+from kvdock_bench.models import Loaded
+from kvdock_bench.oom import is_oom, release
+from kvdock_bench.plan import Cell, Plan, record_key
+from kvdock_bench.progress import Reporter
+from kvdock_bench.prompting import Prompter
+from kvdock_bench.record import OOM, UNFIT, Record
+from kvdock_bench.records import RecordStore
+from kvdock_bench.scoring import score
+from kvdock_bench.sources import TaskData
+from kvdock_bench.tasks import Task
+
+Attach = Callable[..., contextlib.AbstractContextManager[Any]]
+WARM_UP = Settings(max_new_tokens=2)
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """All that the loop works with.
+
+    Args:
+        identity: what every record's key has in common.
+        attach: `kvdock.attach`, or a stand-in.
+    """
+
+    plan: Plan
+    loaded: Loaded
+    prompter: Prompter
+    data: TaskData
+    store: RecordStore
+    identity: dict[str, Any]
+    attach: Attach
+    error_log: Path
+
+    def key(self, cell: Cell, index: int) -> str:
+        """Return the key of one answer."""
+        return record_key(self.identity, cell, self.plan.config, index)
+
+    def missing(self, cell: Cell) -> list[int]:
+        """Return the indices of a cell's samples that are still to do."""
+        count = self.plan.config.num_samples
+        return [i for i in range(count) if not self.store.is_finished(self.key(cell, i))]
+
+
+class Runner:
+    """Generate what is missing of a run."""
+
+    def __init__(self, run: Run, reporter: Reporter) -> None:
+        self.run = run
+        self.reporter = reporter
+        loaded = run.loaded
+        self._generator = Generator(loaded.model, loaded.tokenizer, loaded.shape, loaded.item_bytes)
+        self._device = _device_name(loaded.model.device)
+        self._warm: set[str] = set()
+        self._limits: dict[str, int] = {}
+
+    def __call__(self) -> None:
+        """Go through the cells from short to long; each prompt is made once for all methods."""
+        for length, task, cells in self.run.plan.groups():
+            missing = [(cell, self.run.missing(cell)) for cell in cells]
+            wanted = sorted({index for _, indices in missing for index in indices})
+            items = {index: self._prepare(task, length, index) for index in wanted}
+            for cell, indices in missing:
+                self._run_cell(cell, [items[index] for index in indices])
+
+    def _prepare(self, task: Task, length: int, index: int) -> Item:
+        fitted = fit_sample(
+            task,
+            index=index,
+            length=length,
+            prompter=self.run.prompter,
+            seed=self.run.plan.config.seed,
+            data=self.run.data,
+        )
+        ids = fitted.prompt.input_ids
+        sha = hashlib.sha256(",".join(map(str, ids)).encode()).hexdigest()[:16]
+        references = list(fitted.sample.references)
+        return Item(index, ids, sha, references, fitted.units, fitted.fit)
+
+    def _run_cell(self, cell: Cell, items: list[Item]) -> None:
+        for item in items:
+            if not item.fit:
+                self._save(cell, item, 0, error=UNFIT)
+        todo = [item for item in items if item.fit]
+        if not todo:
+            return
+        with self._attached(cell) as dock:
+            self._warm_up(cell, todo[0], dock)
+            queue = make_batches(todo, self._limit(cell), padding=cell.method.supports_padding)
+            while queue:
+                batch = queue.pop(0)
+                if halves := self._run_batch(cell, batch, dock):
+                    limit = self._limits[cell.method.method_id] = max(map(len, halves))
+                    rest = [item for later in queue for item in later]
+                    padding = cell.method.supports_padding
+                    queue = halves + make_batches(rest, limit, padding=padding)
+
+    def _run_batch(self, cell: Cell, batch: list[Item], dock: Any) -> list[list[Item]]:
+        """Record a batch; returns its halves instead when memory ran out and it can be split."""
+        try:
+            answers = self._generator.run(
+                [item.ids for item in batch], self._settings(cell, batch), dock
+            )
+        except KVDockError:
+            raise
+        except Exception as error:
+            reason = OOM if is_oom(error) else f"{type(error).__name__}: {error}"[:500]
+            if reason != OOM:
+                self._log_error(cell, batch)
+            # the traceback's frames hold the batch's tensors
+            traceback.clear_frames(error.__traceback__)
+        else:
+            for item, answer in zip(batch, answers, strict=True):
+                self._save(cell, item, len(batch), answer=answer)
+            return []
+        release()
+        if reason == OOM and len(batch) > 1:
+            half = (len(batch) + 1) // 2
+            self.reporter.note(f"Out of memory with a batch of {len(batch)}: trying {half}.")
+            return [batch[:half], batch[half:]]
+        for item in batch:
+            self.reporter.note(f"{_label(cell)}, sample {item.index}: {reason}")
+            self._save(cell, item, len(batch), error=reason)
+        return []
+
+    @contextlib.contextmanager
+    def _attached(self, cell: Cell) -> Iterator[Any]:
+        if cell.method.is_full:
+            yield None
+            return
+        with self.run.attach(self.run.loaded.model, **cell.method.attach_arguments()) as dock:
+            yield dock
+
+    def _warm_up(self, cell: Cell, item: Item, dock: Any) -> None:
+        """Run each method once and forget it: first calls pay for set-up and compilation."""
+        if cell.method.method_id in self._warm:
+            return
+        self._warm.add(cell.method.method_id)
+        try:
+            self._generator.run([item.ids], WARM_UP, dock)
+        except KVDockError:
+            raise
+        except Exception as error:
+            # the sample itself meets the same error, and that one is recorded
+            traceback.clear_frames(error.__traceback__)
+            release()
+
+    def _limit(self, cell: Cell) -> int:
+        chosen = self.run.plan.config.batch_size
+        if chosen == "auto":
+            chosen = 16 if self.run.loaded.model.device.type == "cuda" else 4
+        return self._limits.get(cell.method.method_id, chosen)
+
+    def _settings(self, cell: Cell, batch: list[Item]) -> Settings:
+        config = self.run.plan.config
+        return Settings(
+            max_new_tokens=config.max_new_tokens(cell.task),
+            do_sample=config.generation.do_sample,
+            stop=config.generation.stop,
+            seed=int(self.run.key(cell, batch[0].index)[:8], 16),
+        )
+
+    def _save(
+        self,
+        cell: Cell,
+        item: Item,
+        batch_size: int,
+        *,
+        answer: Answer | None = None,
+        error: str | None = None,
+    ) -> None:
+        record = Record(
+            key=self.run.key(cell, item.index),
+            method_id=cell.method.method_id,
+            method=cell.method.label,
+            task=cell.task.name,
+            length=cell.length,
+            index=item.index,
+            seed=self.run.plan.config.seed,
+            prompt_sha=item.sha,
+            n_prompt_tokens=len(item.ids),
+            units=item.units,
+            references=item.references,
+            data_source=cell.task.data_source(self.run.data),
+            device=self._device,
+            batch_size=batch_size,
+            prediction=answer and answer.text,
+            score=answer and score(cell.task.metric, answer.text, item.references),
+            n_new_tokens=answer and answer.n_new_tokens,
+            finish_reason=answer and answer.finish_reason,
+            timings=answer and answer.timings,
+            memory=answer and answer.memory,
+            error=error,
+        )
+        self.run.store.append(cell.name, record)
+        self.reporter.advance(cell.length, 1, _label(cell))
+
+    def _log_error(self, cell: Cell, batch: list[Item]) -> None:
+        with self.run.error_log.open("a", encoding="utf-8") as file:
+            indices = ", ".join(str(item.index) for item in batch)
+            file.write(f"{_label(cell)}, samples {indices}\n{traceback.format_exc()}\n")
+
+
+def _label(cell: Cell) -> str:
+    return f"{cell.length} {cell.task.name}, {cell.method.label}"
+
+
+def _device_name(device: Any) -> str:
+    import torch
+
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"

@@ -1,0 +1,218 @@
+"""One `kvdock bench` from its arguments to its report."""
+
+from __future__ import annotations
+
+import reprlib
+import shlex
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+import kvdock
+from kvdock_bench import metadata, models
+from kvdock_bench.arguments import Arguments
+from kvdock_bench.atomic import write_json
+from kvdock_bench.config import BenchConfig, load_config, override
+from kvdock_bench.dry_run import show_plan
+from kvdock_bench.errors import BenchError
+from kvdock_bench.folder import RUN_FILE, check_tag, default_tag, locked, open_run, read_run
+from kvdock_bench.methods import MethodConfig, parse_methods
+from kvdock_bench.plan import SCHEMA_VERSION, Plan, run_identity
+from kvdock_bench.progress import progress
+from kvdock_bench.prompting import Prompter
+from kvdock_bench.records import RecordStore
+from kvdock_bench.results import config_of, make_results, methods_of
+from kvdock_bench.runner import Attach, Run, Runner
+from kvdock_bench.sources import load_data
+
+DONE, FAILED, INTERRUPTED = 0, 1, 130
+
+
+def bench(arguments: Arguments, *, attach: Attach = kvdock.attach) -> int:
+    """Run what the arguments ask for and return the exit code."""
+    console = Console()
+    config = effective_config(arguments)
+    methods = parse_methods(arguments.acceleration, arguments.budget, arguments.settings)
+    device = models.parse_device(list(arguments.device))
+    dtype = models.parse_dtype(arguments.torch_dtype, device)
+    _check_dtypes(methods, dtype)
+    plan = Plan(config, tuple(methods))
+    if arguments.dry_run:
+        show_plan(console, plan, models.peek_shape(arguments.model_path), dtype)
+        return DONE
+    tag = check_tag(arguments.save_tag or _default_tag(arguments, config))
+    folder = open_run(
+        arguments.output_dir, tag, resume=arguments.resume, overwrite=arguments.overwrite
+    )
+    with locked(folder):
+        loaded = models.load(arguments.model_path, dtype=dtype, device=device)
+        _check_methods(plan, loaded, attach)
+        return _Session(arguments, plan, folder, loaded, attach, console).run()
+
+
+def effective_config(arguments: Arguments) -> BenchConfig:
+    """Return the config with the command line's changes, checked as a whole."""
+    config = load_config(arguments.cfg_path)
+    changes: dict[str, Any] = {}
+    if arguments.limit is not None:
+        changes["num_samples"] = min(arguments.limit, config.num_samples)
+    if arguments.batch_size is not None:
+        text = arguments.batch_size
+        changes["batch_size"] = int(text) if text.isdecimal() else text
+    if arguments.max_length is not None:
+        changes["max_length"] = arguments.max_length
+    if arguments.template is not None:
+        raw = arguments.template.lower() in ("none", "null", "raw")
+        changes["template"] = None if raw else arguments.template
+    return override(config, **changes) if changes else config
+
+
+@dataclass(slots=True)
+class _Session:
+    arguments: Arguments
+    plan: Plan
+    folder: Path
+    loaded: models.Loaded
+    attach: Attach
+    console: Console
+
+    def run(self) -> int:
+        """Generate what is missing, write the results, and return the exit code."""
+        run, metadata_ = self._prepare()
+        write_json(self.folder / RUN_FILE, metadata_)
+        missing = [(cell.length, len(run.missing(cell))) for cell in self.plan.cells]
+        samples = sum(count for _, count in missing)
+        tokens = sum(length * count for length, count in missing)
+        done = self.plan.n_samples - samples
+        self._say(f"{self.folder}: {samples} answers to generate, {done} are there.")
+        started, code = time.perf_counter(), DONE
+        status = "failed"
+        try:
+            with progress(self.console, tokens, samples) as reporter:
+                Runner(run, reporter)()
+            status = "finished"
+        except KeyboardInterrupt:
+            status, code = "interrupted", INTERRUPTED
+        finally:
+            metadata_ |= {"status": status, "ended": metadata.now()}
+            metadata_["sessions"][-1]["seconds"] = round(time.perf_counter() - started, 3)
+            write_json(self.folder / RUN_FILE, metadata_)
+        report, summary = make_results(self.folder, metadata_, run.store)
+        report.show(self.console)
+        if code == INTERRUPTED:
+            self._say(f"Interrupted. Continue with:\n  {self._resume_command()}")
+        elif summary.failed:
+            code = FAILED
+            self._say(f"{summary.failed} cells have errors: {run.error_log}")
+        return code
+
+    def _prepare(self) -> tuple[Run, dict[str, Any]]:
+        config = self.plan.config
+        prompter = Prompter(self.loaded.tokenizer, config)
+        data = load_data(config.data)
+        identity = run_identity(
+            self.loaded.fingerprint, prompter.template_id, data, list(config.tasks)
+        )
+        store = RecordStore(self.folder)
+        store.load(repair=True)
+        earlier = read_run(self.folder) if (self.folder / RUN_FILE).exists() else None
+        if earlier is not None:
+            _check_same(earlier, identity, config)
+        run = Run(
+            plan=self.plan,
+            loaded=self.loaded,
+            prompter=prompter,
+            data=data,
+            store=store,
+            identity=identity,
+            attach=self.attach,
+            error_log=self.folder / "errors.log",
+        )
+        return run, self._metadata(identity, data.describe(list(config.tasks)), earlier)
+
+    def _metadata(
+        self, identity: dict[str, Any], data: dict[str, Any], earlier: dict[str, Any] | None
+    ) -> dict[str, Any]:
+        # columns of earlier sessions stay in the table
+        methods = list(self.plan.methods)
+        sessions = []
+        if earlier is not None:
+            methods += [method for method in methods_of(earlier) if method not in methods]
+            sessions = earlier["sessions"]
+            identity = {**identity, "data": {**earlier["identity"]["data"], **identity["data"]}}
+        command = shlex.join(self.arguments.command)
+        started = metadata.now()
+        ids = sorted({name for method in methods for name in method.ids})
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "status": "running",
+            "command": command,
+            "started": sessions[0]["started"] if sessions else started,
+            "ended": None,
+            "sessions": [*sessions, {"started": started, "command": command}],
+            "config": self.plan.config.model_dump(mode="json"),
+            "methods": [
+                {
+                    "label": method.label,
+                    "method_id": method.method_id,
+                    **method.identity,
+                }
+                for method in methods
+            ],
+            "identity": identity,
+            "data": data,
+            "model": metadata.describe_model(self.loaded, models.locate(self.arguments.model_path)),
+            "versions": metadata.describe_software(ids),
+            "git": metadata.describe_git(),
+            "hardware": metadata.describe_hardware(self.loaded.model.device),
+            "environment": metadata.environment(),
+        }
+
+    def _resume_command(self) -> str:
+        words = [word for word in self.arguments.command if word not in ("--overwrite", "--resume")]
+        return shlex.join([*words, "--resume"])
+
+    def _say(self, text: str) -> None:
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def _default_tag(arguments: Arguments, config: BenchConfig) -> str:
+    return default_tag(models.short_name(arguments.model_path), config.benchmark_name)
+
+
+def _check_dtypes(methods: list[MethodConfig], dtype: str) -> None:
+    for method in methods:
+        if not method.is_full and dtype not in method.dtypes:
+            raise BenchError(
+                f"{method.label} does not support --torch_dtype {dtype}, only "
+                f"{', '.join(method.dtypes) or 'none'}."
+            )
+
+
+def _check_methods(plan: Plan, loaded: models.Loaded, attach: Attach) -> None:
+    """Attach each method once, so that what cannot run is refused before anything runs."""
+    for method in plan.methods:
+        if not method.is_full:
+            with attach(loaded.model, **method.attach_arguments()):
+                pass
+
+
+def _check_same(earlier: dict[str, Any], identity: dict[str, Any], config: BenchConfig) -> None:
+    """Refuse to continue a run with settings that would make its answers incomparable."""
+    before = config_of(earlier)
+    pairs = {name: (earlier["identity"][name], identity[name]) for name in ("model", "template")}
+    for name in ("seed", "answer_prefix", "max_length", "generation", "data", "task_args"):
+        pairs[name] = (getattr(before, name), getattr(config, name))
+    changed = [
+        f"{name} was {reprlib.repr(old)}, is {reprlib.repr(new)}"
+        for name, (old, new) in pairs.items()
+        if old != new
+    ]
+    if changed:
+        raise BenchError(
+            f"--resume: the run in the folder was made differently: {'; '.join(changed)}. Its "
+            "answers would not compare. Use the same settings, another --save_tag, or --overwrite."
+        )
