@@ -57,10 +57,11 @@ def attach(
         methods: an id, ids joined by "+", or a list of ids or configured policies.
         budget: slots (2048), a share of the prompt ("25%") or bytes ("1GiB"); None takes the
             method's default.
-        backend: dense attention backend of the prefill; None computes what the model computed before
-            (prefill logits stay bit-identical), "auto" takes the fastest usable one.
-        graph: capture the decode step as a CUDA graph: "auto" where possible, True or raise, False.
-        slice_above: prompts longer than this run the token-wise layers (MLP, norms) in slices; None never does.
+        backend: dense attention of the prefill; None keeps the model's own (so that prefill logits
+            stay bit-identical), "auto" takes the fastest usable one.
+        graph: capture the decode step as a CUDA graph: "auto" where possible, True or raise.
+        slice_above: prompts longer than this run token-wise layers (MLP, norms) in slices; None
+            never does.
         **options: the method's options; for several methods also "method.option".
     """
     from kvdock.attach import attach as implementation

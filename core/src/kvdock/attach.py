@@ -29,7 +29,7 @@ from kvdock.slicing import sliced
 
 
 class Dock:
-    """Hold methods attached to a model; leave the ``with`` block or call `detach` to take them off."""
+    """Hold methods attached to a model until the ``with`` block ends or `detach` is called."""
 
     def __init__(self, model: PreTrainedModel, plan: DockPlan, exits: ExitStack) -> None:
         self.model = model
@@ -66,7 +66,7 @@ class Dock:
         return make_report(cache, ending.bytes_after_prefill, ending.clock.seconds(0), per_token)
 
     def kept_positions(self, layer: int) -> Tensor:
-        """Return the token positions a layer holds, int64 [B, K, C], ascending; −1 is an empty slot.
+        """Return the positions a layer holds, int64 [B, K, C], ascending; −1 is an empty slot.
 
         Positions count a row's real tokens from 0; pads have none.
 
@@ -187,8 +187,8 @@ def _override(stack: ExitStack, model: Any, name: str, value: Any) -> None:
 def _check_model(model: Any) -> None:
     if not isinstance(model, PreTrainedModel):
         raise UnsupportedError(
-            f"expected a transformers PreTrainedModel, found {type(model).__name__}. For a PEFT model"
-            " pass model.get_base_model()."
+            f"expected a transformers PreTrainedModel, found {type(model).__name__}. For a PEFT"
+            " model pass model.get_base_model()."
         )
     if model.config.is_encoder_decoder:
         raise UnsupportedError(
@@ -221,5 +221,6 @@ def _check_dtype(dtype: torch.dtype, composition: Composition) -> None:
     for method in composition.methods:
         if name not in method.capabilities.dtypes:
             raise UnsupportedError(
-                f"{method.name} supports {', '.join(method.capabilities.dtypes)}; the model is {name}."
+                f"{method.name} supports {', '.join(method.capabilities.dtypes)}; the model is"
+                f" {name}."
             )

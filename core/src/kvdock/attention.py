@@ -29,8 +29,8 @@ def build_layout(
     """Return the forward's layout in place of a mask; registered as the mask function."""
     if not allow_is_causal_skip:
         raise UnsupportedError(
-            "this forward asks for more than a causal mask (packed sequences, prefix or image blocks)."
-            " kvdock serves causal decoding with a 2-D attention mask."
+            "this forward asks for more than a causal mask (packed sequences, prefix or image"
+            " blocks). kvdock serves causal decoding with a 2-D attention mask."
         )
     if isinstance(q_offset, Tensor):
         raise UnsupportedError(
@@ -119,8 +119,8 @@ def _check_call(module: torch.nn.Module, key: Any, layout: Any, kwargs: dict[str
         )
     if not isinstance(layout, BatchLayout):
         raise UnsupportedError(
-            "kvdock builds its masks from the 2-D attention mask [batch, columns]; a custom 4-D mask"
-            " (or none from the model) cannot be followed by a compressed cache."
+            "kvdock builds its masks from the 2-D attention mask [batch, columns]; a custom 4-D"
+            " mask (or none from the model) cannot be followed by a compressed cache."
         )
     if module.training:
         raise UnsupportedError("a docked model is for inference: call model.eval() first.")

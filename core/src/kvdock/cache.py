@@ -49,7 +49,7 @@ class DockLayer(CacheLayerMixin):
         """Return a handle twice; the attention function takes the states from it."""
         if not self.cache.plan.attached:
             raise UnsupportedError(
-                "this cache belongs to a dock that was detached. Attach again and start a new cache."
+                "this cache belongs to a dock that was detached. Attach again for a new cache."
             )
         self.is_initialized = True
         handle = KVHandle(self, key_states, value_states)

@@ -41,8 +41,8 @@ def probe() -> None:
     missing = [name for name, present in features.items() if not present]
     if missing:
         raise UnsupportedError(
-            f"transformers {transformers.__version__} lacks {', '.join(missing)}, which kvdock needs."
-            " Install a version in the supported range: pip install 'transformers>=5.4,<6'."
+            f"transformers {transformers.__version__} lacks {', '.join(missing)}, which kvdock"
+            " needs. Install a version in the supported range: pip install 'transformers>=5.4,<6'."
         )
 
 
@@ -72,8 +72,8 @@ def implementation(model: PreTrainedModel) -> Iterator[str]:
         model.set_attn_implementation(IMPLEMENTATION)
         if model.config.get_text_config(decoder=True)._attn_implementation != IMPLEMENTATION:
             raise UnsupportedError(
-                f"{type(model).__name__} does not go through transformers' attention interface, so no"
-                " method can act on it. kvdock works with models whose attention implementation can"
+                f"{type(model).__name__} does not go through transformers' attention interface, so"
+                " no method can act on it. kvdock works with models whose attention implementation can"
                 " be set (llama, mistral, qwen2, qwen3, glm4 and most decoder-only models)."
             )
         yield name or "sdpa"

@@ -62,12 +62,14 @@ def _split(methods: str | Sequence[Any]) -> list[Any]:
     items = [item.strip() if isinstance(item, str) else item for item in items]
     if not items or "" in items:
         raise CompositionError(
-            f"methods is {methods!r}; expected an id such as 'snapkv', ids joined by '+', or a list."
+            f"methods is {methods!r}; expected an id such as 'snapkv', ids joined by '+', or a"
+            " list of them."
         )
     for item in items:
         if not isinstance(item, str | CachePolicy | AttentionPolicy):
             raise CompositionError(
-                f"{item!r} is neither a method id nor a configured policy (CachePolicy, AttentionPolicy)."
+                f"{item!r} is neither a method id nor a configured policy (a CachePolicy or"
+                " AttentionPolicy)."
             )
     return items
 

@@ -67,7 +67,7 @@ class PrefillEnd(LogitsProcessor):
 
 
 def docked_generate(dock: Dock, original: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a `generate` with the dock's cache, to stand on the instance in place of the class's."""
+    """Return a `generate` that uses the dock's cache, to stand on the instance."""
     signature = inspect.signature(original)
 
     def generate(*args: Any, **kwargs: Any) -> Any:
@@ -107,11 +107,12 @@ def _cache_for(dock: Dock, given: dict[str, Any]) -> DockCache:
         config = given.get("generation_config") or dock.model.generation_config
         return given[name] if given.get(name) is not None else getattr(config, name, None)
 
+    take_back = "it takes tokens back, and evicted entries cannot be restored"
     refused = {
-        "assistant_model": "assisted decoding takes tokens back, which an evicted cache cannot",
-        "prompt_lookup_num_tokens": "prompt lookup takes tokens back, which an evicted cache cannot",
-        "assistant_early_exit": "assisted decoding takes tokens back, which an evicted cache cannot",
-        "cache_implementation": "the dock brings its own cache (no static, offloaded or other cache)",
+        "assistant_model": take_back,
+        "prompt_lookup_num_tokens": take_back,
+        "assistant_early_exit": take_back,
+        "cache_implementation": "the dock brings its own cache (no static or offloaded one)",
         "output_attentions": "it needs the full T×T probabilities, which kvdock never forms",
     }
     for name, reason in refused.items():
@@ -122,7 +123,8 @@ def _cache_for(dock: Dock, given: dict[str, Any]) -> DockCache:
     mask = given.get("attention_mask")
     if mask is not None and mask.dim() != 2:
         raise UnsupportedError(
-            f"attention_mask has {mask.dim()} dimensions; kvdock takes the 2-D mask [batch, columns]."
+            f"attention_mask has {mask.dim()} dimensions; kvdock takes the 2-D mask"
+            " [batch, columns]."
         )
     dock.check_mode()
     cache = given.get("past_key_values")
@@ -130,8 +132,8 @@ def _cache_for(dock: Dock, given: dict[str, Any]) -> DockCache:
         return dock.new_cache()
     if not isinstance(cache, DockCache) or cache.plan is not dock.plan:
         raise UnsupportedError(
-            f"past_key_values is a {type(cache).__name__} that this dock did not make. Leave it out, or"
-            " pass dock.new_cache() (or the cache of an earlier turn with this dock)."
+            f"past_key_values is a {type(cache).__name__} that this dock did not make. Leave it"
+            " out, or pass dock.new_cache() (or the cache of an earlier turn with this dock)."
         )
     return cache
 

@@ -35,7 +35,7 @@ class RowSpan:
         return one.index_select(2, self.columns.to(states.device))
 
     def put(self, output: Tensor, states: Tensor) -> None:
-        """Write ``states`` [1, count, heads, D] to this row's columns of ``output`` [B, Q, heads, D]."""
+        """Write ``states`` [1, count, heads, D] to this row's columns of [B, Q, heads, D]."""
         if isinstance(self.columns, slice):
             output[self.row, self.columns] = states[0]
         else:
@@ -79,6 +79,12 @@ class BatchLayout:
         return [_span(row, new[row]) for row in range(self.batch)]
 
     @cached_property
+    def row_spans(self) -> list[RowSpan]:
+        """Return one span per row, whether or not any column is a pad."""
+        whole = slice(0, self.columns)
+        return self.spans or [RowSpan(row, self.columns, whole) for row in range(self.batch)]
+
+    @cached_property
     def new_tokens(self) -> list[int]:
         """Return how many real tokens each row brings."""
         if self.spans is None:
@@ -95,8 +101,8 @@ class BatchLayout:
         )
         if past != lengths:
             raise UnsupportedError(
-                f"the attention mask marks {past} real tokens in the columns already cached, but the"
-                f" cache holds {lengths} tokens per row. Pass the mask of the whole history"
+                f"the attention mask marks {past} real tokens in the columns already cached, but"
+                f" the cache holds {lengths} tokens per row. Pass the mask of the whole history"
                 " (earlier turns included), unchanged for the columns the cache has seen."
             )
         self.checked = True

@@ -41,7 +41,7 @@ class ModelFacts:
 
     layers: int
     rotate: Callable[[Tensor, Tensor, int], Tensor] | None
-    """``rotate(key [b,K,N,D], delta [b,N], layer)`` turns RoPE-rotated keys by ``delta`` positions."""
+    """``rotate(key [b, K, N, D], delta [b, N], layer)`` turns rotated keys by ``delta`` positions."""
     rotate_reason: str = ""
     """Why ``rotate`` is None."""
     config: Any = None
@@ -164,10 +164,10 @@ class CachePolicy(BudgetAllocator):
     acts_on_later_turns: bool = False
     """Whether ``select`` runs again at the end of a second or later prompt on the same cache."""
 
-    def bind(self, facts: ModelFacts) -> None:  # noqa: B027 - optional step, empty on purpose
+    def bind(self, facts: ModelFacts) -> None:
         """Check that the model fits the method; raise ``UnsupportedError`` if it does not."""
 
-    def check_budget(self, budget: Budget) -> None:  # noqa: B027 - optional step, empty on purpose
+    def check_budget(self, budget: Budget) -> None:
         """Refuse a budget the options cannot work with."""
 
     def layer_slots(self, tokens: int, slots: int, layers: int) -> Sequence[int]:

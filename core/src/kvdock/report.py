@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from kvdock.cache import DockCache
+from kvdock.dense import KEY, VALUE
 from kvdock.errors import AccountingError
-from kvdock.storage import KEY, VALUE
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +47,8 @@ class Report:
 
     def __str__(self) -> str:
         lines = [
-            f"{' + '.join(self.methods)}: holds {_size(self.bytes_held)} of {_size(self.bytes_full)}"
-            f" ({self.ratio:.1%}), predicted {_size(self.bytes_predicted)},"
+            f"{' + '.join(self.methods)}: holds {_size(self.bytes_held)} of"
+            f" {_size(self.bytes_full)} ({self.ratio:.1%}), predicted {_size(self.bytes_predicted)},"
             f" state {_size(self.bytes_state)}",
         ]
         if self.prefill_s is not None:
@@ -83,12 +83,13 @@ def make_report(
         key, value = store.storage.table[KEY], store.storage.table[VALUE]
         rows_heads = key.shape[0] * key.shape[1]
         entry = key.shape[-1] * key.element_size() + value.shape[-1] * value.element_size()
-        expected = rows_heads * entry * store.predicted_capacity
+        expected = rows_heads * entry * store.ledger.capacity
         slots, held = max(store.storage.live), store.storage.nbytes
-        if not store.open and (held != expected or store.storage.live != store.predicted_live):
+        agree = held == expected and store.storage.live == store.ledger.live
+        if not store.open and not agree:
             raise AccountingError(
-                f"layer {index} holds {held} bytes ({store.storage.live} entries per row), the formula"
-                f" of {'+'.join(cache.plan.methods)} predicts {expected} ({store.predicted_live})."
+                f"layer {index} holds {held} bytes ({store.storage.live} entries per row), the"
+                f" formula of {'+'.join(cache.plan.methods)} predicts {expected} ({store.ledger.live})."
                 " This is a defect of the method or the core: please report it."
             )
         layers.append(LayerReport(index, layer.columns, slots, held))

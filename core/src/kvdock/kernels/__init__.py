@@ -89,7 +89,8 @@ def choose_backend(
         return next(backend for backend in found if backend is not None)
     if requested not in BACKENDS:
         raise UnsupportedError(
-            f"unknown attention backend {requested!r}; choose one of {', '.join(BACKENDS)}, or 'auto'."
+            f"unknown attention backend {requested!r}; choose one of {', '.join(BACKENDS)}, or"
+            " 'auto'."
         )
     try:
         return BACKENDS[requested](device, dtype)
