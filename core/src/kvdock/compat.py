@@ -73,7 +73,7 @@ def implementation(model: PreTrainedModel) -> Iterator[str]:
         if model.config.get_text_config(decoder=True)._attn_implementation != IMPLEMENTATION:
             raise UnsupportedError(
                 f"{type(model).__name__} does not go through transformers' attention interface, so"
-                " no method can act on it. kvdock works with models whose attention implementation can"
+                " no method can act on it. kvdock works with models whose implementation can"
                 " be set (llama, mistral, qwen2, qwen3, glm4 and most decoder-only models)."
             )
         yield name or "sdpa"

@@ -41,7 +41,7 @@ class ModelFacts:
 
     layers: int
     rotate: Callable[[Tensor, Tensor, int], Tensor] | None
-    """``rotate(key [b, K, N, D], delta [b, N], layer)`` turns rotated keys by ``delta`` positions."""
+    """``rotate(key [b, K, N, D], delta [b, N], layer)`` turns keys by ``delta`` positions."""
     rotate_reason: str = ""
     """Why ``rotate`` is None."""
     config: Any = None

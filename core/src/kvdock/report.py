@@ -48,8 +48,8 @@ class Report:
     def __str__(self) -> str:
         lines = [
             f"{' + '.join(self.methods)}: holds {_size(self.bytes_held)} of"
-            f" {_size(self.bytes_full)} ({self.ratio:.1%}), predicted {_size(self.bytes_predicted)},"
-            f" state {_size(self.bytes_state)}",
+            f" {_size(self.bytes_full)} ({self.ratio:.1%}), predicted"
+            f" {_size(self.bytes_predicted)}, state {_size(self.bytes_state)}",
         ]
         if self.prefill_s is not None:
             lines.append(f"time to first token {self.prefill_s:.3f} s")
@@ -89,8 +89,8 @@ def make_report(
         if not store.open and not agree:
             raise AccountingError(
                 f"layer {index} holds {held} bytes ({store.storage.live} entries per row), the"
-                f" formula of {'+'.join(cache.plan.methods)} predicts {expected} ({store.ledger.live})."
-                " This is a defect of the method or the core: please report it."
+                f" formula of {'+'.join(cache.plan.methods)} predicts {expected}"
+                f" ({store.ledger.live}). This is a defect of the method or the core: please report it."
             )
         layers.append(LayerReport(index, layer.columns, slots, held))
         predicted += held if store.open else expected

@@ -1,0 +1,264 @@
+"""Measure long prompts on a GPU: time to first token, ms per token, peak and cache memory.
+
+One run measures the plain transformers model and every method side by side, in one process, on the
+Llama-3.1-8B shape with random weights (no download). Run it from the repository's root:
+
+    python benchmarks/speed/long_prompt.py --methods snapkv streamingllm --out RESULTS.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import itertools
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import kvdock
+import torch
+import transformers
+from kvdock.layer import LayerStore
+from transformers import LlamaConfig, LlamaForCausalLM, LogitsProcessor, LogitsProcessorList
+
+GIB = 2**30
+
+
+def main() -> None:
+    """Measure, check, print a table and write the numbers."""
+    args = _arguments()
+    model = llama_8b(args.layers)
+    record: dict[str, Any] = {"environment": environment(args), "runs": [], "checks": []}
+    for length in args.lengths:
+        prompt = torch.randint(10, 120_000, (args.batch, length), device="cuda")
+        if length <= args.check_up_to:
+            record["checks"].append(same_logits(model, prompt[:1], args))
+        for system in ["full", *args.methods]:
+            row = measure(model, system, prompt, args)
+            record["runs"].append(row)
+            print(json.dumps(row), flush=True)
+    print_table(record["runs"])
+    if args.out:
+        Path(args.out).write_text(json.dumps(record, indent=1) + "\n")
+
+
+def llama_8b(layers: int) -> LlamaForCausalLM:
+    """Return a model of Llama-3.1-8B's shape with random bfloat16 weights, on the GPU."""
+    config = LlamaConfig(
+        vocab_size=128_256,
+        hidden_size=4096,
+        intermediate_size=14_336,
+        num_hidden_layers=layers,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        max_position_embeddings=131_072 + 1024,
+        rope_theta=500_000.0,
+        eos_token_id=None,
+        pad_token_id=0,
+        attn_implementation="sdpa",
+    )
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device("cuda"):
+        model = LlamaForCausalLM(config)
+    torch.set_default_dtype(torch.float32)
+    return model.eval()
+
+
+class Marks(LogitsProcessor):
+    """Record a CUDA event at every new token."""
+
+    def __init__(self) -> None:
+        self.events = [self._now()]
+
+    @staticmethod
+    def _now() -> torch.cuda.Event:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Return the scores untouched."""
+        self.events.append(self._now())
+        return scores
+
+
+def measure(
+    model: LlamaForCausalLM, system: str, prompt: torch.Tensor, args: argparse.Namespace
+) -> dict[str, Any]:
+    """Run one system on one prompt several times; medians after a warm-up run."""
+    ttft, step, choosing = [], [], []
+    with ExitStack() as stack:
+        dock, selection = None, None
+        if system != "full":
+            dock = stack.enter_context(attached(model, system, args))
+            selection = stack.enter_context(SelectionTimer())
+        for repeat in range(args.repeats + 1):
+            gc.collect()
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+            marks = Marks()
+            output = model.generate(
+                prompt,
+                attention_mask=torch.ones_like(prompt),
+                max_new_tokens=args.new_tokens,
+                do_sample=False,
+                logits_processor=LogitsProcessorList([marks]),
+                return_dict_in_generate=True,
+            )
+            torch.cuda.synchronize()
+            peak = torch.cuda.max_memory_allocated()
+            pairs = itertools.pairwise(marks.events)
+            times = [start.elapsed_time(stop) for start, stop in pairs]
+            spent = selection.milliseconds() if selection else 0.0
+            cache_bytes = held(output.past_key_values, dock)
+            del output, marks
+            if repeat:  # the first run warms up
+                ttft.append(times[0])
+                step.append(statistics.median(times[1:]))
+                choosing.append(spent)
+    return {
+        "system": system,
+        "tokens": prompt.shape[1],
+        "batch": prompt.shape[0],
+        "budget": None if system == "full" else args.budget,
+        "ttft_ms": round(statistics.median(ttft), 2),
+        "ms_per_token": round(statistics.median(step), 3),
+        "selection_ms": round(statistics.median(choosing), 2),
+        "peak_gib": round(peak / GIB, 3),
+        "kv_gib": round(cache_bytes / GIB, 4),
+        "repeats": args.repeats,
+    }
+
+
+def attached(model: LlamaForCausalLM, system: str, args: argparse.Namespace) -> Any:
+    """Attach one method (or composition) with the run's budget and backend."""
+    return kvdock.attach(model, system, budget=args.budget, backend=args.backend)
+
+
+def held(cache: Any, dock: Any) -> int:
+    """Return the bytes of keys and values a cache has allocated."""
+    if dock is not None:
+        return int(dock.report().bytes_held)
+    tensors = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
+    return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
+
+
+class SelectionTimer:
+    """Time what a cache method adds to prefill: choosing and moving, on the device's clock."""
+
+    def __enter__(self) -> SelectionTimer:
+        self._pairs: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self._original = {name: getattr(LayerStore, name) for name in ("_select", "_store")}
+        for name, function in self._original.items():
+            setattr(LayerStore, name, self._timed(function))
+        return self
+
+    def _timed(self, function: Any) -> Any:
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            start = Marks._now()
+            result = function(*args, **kwargs)
+            self._pairs.append((start, Marks._now()))
+            return result
+
+        return timed
+
+    def milliseconds(self) -> float:
+        """Return the time since the last call, after the device is done."""
+        total = sum(start.elapsed_time(stop) for start, stop in self._pairs)
+        self._pairs.clear()
+        return total
+
+    def __exit__(self, *error: object) -> None:
+        for name, function in self._original.items():
+            setattr(LayerStore, name, function)
+
+
+@torch.no_grad()
+def same_logits(
+    model: LlamaForCausalLM, prompt: torch.Tensor, args: argparse.Namespace
+) -> dict[str, Any]:
+    """Compare the plain model's prefill logits with every method's, bit for bit."""
+    plain = model(prompt, logits_to_keep=1).logits
+    result: dict[str, Any] = {"tokens": prompt.shape[1]}
+    for system in args.methods:
+        with kvdock.attach(model, system, budget=args.budget) as dock:
+            logits = model(prompt, past_key_values=dock.new_cache(), logits_to_keep=1).logits
+        result[system] = bool(torch.equal(plain, logits))
+    print("prefill logits bit-identical:", result, flush=True)
+    return result
+
+
+def environment(args: argparse.Namespace) -> dict[str, Any]:
+    """Return what a reader needs to judge or repeat the numbers."""
+    commit = os.environ.get("KVDOCK_COMMIT") or _git("rev-parse", "HEAD")
+    source, target = (torch.empty(GIB, dtype=torch.uint8, device="cuda") for _ in range(2))
+    bandwidth = 2 * GIB / _milliseconds(lambda: target.copy_(source)) / 1e9
+    return {
+        "command": " ".join(sys.argv),
+        "commit": commit,
+        "gpu": torch.cuda.get_device_name(),
+        "copy_tb_per_s": round(bandwidth, 3),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+        "kvdock": kvdock.__version__,
+        "shape": f"Llama-3.1-8B, random weights, bfloat16, {args.layers} layers, sdpa",
+    }
+
+
+def _milliseconds(run: Any) -> float:
+    for _ in range(3):
+        run()
+    start = Marks._now()
+    for _ in range(10):
+        run()
+    stop = Marks._now()
+    stop.synchronize()
+    return start.elapsed_time(stop) / 10
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        done = subprocess.run(["git", *arguments], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
+
+
+def print_table(runs: list[dict[str, Any]]) -> None:
+    """Print the runs as a Markdown table, each method's TTFT against the plain model's."""
+    columns = ["tokens", "batch", "system", "ttft_ms", "overhead", "selection_ms", "ms_per_token"]
+    columns += ["peak_gib", "kv_gib"]
+    print("| " + " | ".join(columns) + " |")
+    print("|" + "---|" * len(columns))
+    base = {(run["tokens"], run["batch"]): run for run in runs if run["system"] == "full"}
+    for run in runs:
+        full = base[run["tokens"], run["batch"]]
+        cells = {**run, "overhead": f"{run['ttft_ms'] / full['ttft_ms'] - 1:+.2%}"}
+        print("| " + " | ".join(str(cells[name]) for name in columns) + " |")
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--methods", nargs="+", default=["snapkv", "streamingllm"])
+    parser.add_argument("--lengths", nargs="+", type=int, default=[32_768, 131_072])
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--budget", type=int, default=2048)
+    parser.add_argument("--backend", default=None)
+    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--new-tokens", type=int, default=33)
+    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--check-up-to", type=int, default=32_768)
+    parser.add_argument("--out")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
