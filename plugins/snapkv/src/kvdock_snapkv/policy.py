@@ -5,13 +5,13 @@ Shapes: b rows, K key/value heads, N entries, C kept entries, W window, D head_d
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+
 from kvdock.budget import Budget
 from kvdock.errors import BudgetError
 from kvdock.kernels.selection import top_positions
 from kvdock.kernels.window_scores import window_votes
 from kvdock.policy import CachePolicy, PrefillView, Selection
-from torch import Tensor
-
 from kvdock_snapkv.options import SnapKVOptions
 
 
@@ -31,7 +31,7 @@ class SnapKVPolicy(CachePolicy):
         """Refuse a budget of slots that the window alone would fill."""
         if budget.kind == "tokens" and budget.amount <= self.options.window:
             raise BudgetError(
-                f"snapkv: budget {budget} leaves nothing beside the window of {self.options.window}."
+                f"snapkv: budget {budget} leaves nothing beside window={self.options.window}."
                 " Raise the budget or lower window."
             )
 
