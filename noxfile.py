@@ -191,10 +191,11 @@ def lock_check(session: nox.Session, environment: str) -> None:
 @nox.session(default=False, tags=["package"])
 def wheels(session: nox.Session) -> None:
     """Build the wheel and sdist of every distribution into dist/ and check their metadata."""
-    session.install("build", "twine")
+    session.install("build[uv]", "twine")
     shutil.rmtree(ROOT / "dist", ignore_errors=True)
     for folder in (ROOT / "core", *ROOT.glob("plugins/*/"), ROOT / "benchmarks"):
-        session.run("python", "-m", "build", "--outdir", "dist", str(folder), silent=True)
+        build = ("python", "-m", "build", "--installer", "uv", "--outdir", "dist")
+        session.run(*build, str(folder), silent=True)
     session.run("twine", "check", "--strict", *map(str, sorted(ROOT.glob("dist/*"))))
 
 
