@@ -1,6 +1,7 @@
-"""Attention probabilities of the observation window, a few key/value heads at a time.
+"""Attention probabilities of the observation window, and the selection they vote for.
 
-Shapes: b rows, H query heads, K key/value heads, G = H/K, W window queries, N keys, D head_dim.
+Shapes: b rows, H query heads, K key/value heads, G = H/K, W window queries, N keys, D head_dim,
+C kept entries.
 """
 
 from __future__ import annotations
@@ -8,9 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from kvdock.policy import AttentionParams
+from kvdock.errors import UnsupportedError
+from kvdock.kernels.selection import top_positions
+from kvdock.policy import AttentionParams, PrefillView, Selection
 
 BLOCK_BYTES = 64 * 2**20
 """Largest float32 probability block; bounds the extra memory whatever the prompt length."""
@@ -56,6 +60,38 @@ def window_votes(queries: Tensor, keys: Tensor, params: AttentionParams) -> Tens
         block.sum(dim=3).mean(dim=2) for _, block in window_probabilities(queries, keys, params)
     ]
     return torch.cat(votes, dim=1)
+
+
+def pooled(votes: Tensor, kernel: int, pooling: str) -> Tensor:
+    """Pool votes [b, K, N] along the sequence; "max" pads with −∞, "avg" with zeros.
+
+    Args:
+        kernel: odd width.
+    """
+    pool = F.max_pool1d if pooling == "max" else F.avg_pool1d
+    return pool(votes, kernel, stride=1, padding=kernel // 2)
+
+
+def keep_window(view: PrefillView, *, kernel: int, pooling: str) -> Selection:
+    """Keep the window and the prefix entries with the highest pooled votes.
+
+    The window is ``view.queries``, shortened where the allowance would leave no prefix entry.
+
+    Returns:
+        C = ``view.slots`` entries of every key/value head; ties go to the lower position.
+    """
+    if view.queries is None or view.queries.shape[2] == 0:
+        raise UnsupportedError(
+            f"row {view.rows[0]} brings no token in turn {view.turn}, so no query can vote on what"
+            " it keeps. Give every row a token in every turn, or use recompress=False."
+        )
+    window = max(1, min(view.queries.shape[2], view.slots - 1))
+    queries = view.queries[:, :, view.queries.shape[2] - window :]
+    prefix = view.length - window
+    votes = window_votes(queries, view.keys, view.params)[..., :prefix]
+    chosen = top_positions(pooled(votes, kernel, pooling), view.slots - window)
+    recent = torch.arange(prefix, view.length, device=chosen.device)
+    return Selection(torch.cat([chosen, recent.expand(*chosen.shape[:-1], window)], dim=-1))
 
 
 def _product(query: Tensor, key: Tensor) -> Tensor:
