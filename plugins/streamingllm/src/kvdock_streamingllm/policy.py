@@ -4,11 +4,11 @@ Shapes: B or b rows, K key/value heads, N entries or slots, S sinks, C kept entr
 """
 
 import torch
+from torch import Tensor
+
 from kvdock.budget import Budget
 from kvdock.errors import BudgetError, UnsupportedError
 from kvdock.policy import CachePolicy, DecodeView, ModelFacts, PrefillView, Release, Selection
-from torch import Tensor
-
 from kvdock_streamingllm.options import StreamingLLMOptions
 
 SINKS, EVICTED = "sink_keys", "evicted"
@@ -18,8 +18,9 @@ class StreamingLLMPolicy(CachePolicy):
     """Keep positions [0, S) and the last C − S, at the prompt's end and after every step.
 
     The paper numbers positions inside the cache. RoPE sees relative distances only, so the recent
-    keys and the query stay where they are and the S sinks move towards them by the number of evicted
-    tokens e: a sink j stands at position j + e. Original sink keys are kept, so no error builds up.
+    keys and the query stay where they are and the S sinks move towards them by the number e of
+    evicted tokens: a sink j stands at position j + e. Original sink keys are kept, so no error
+    builds up.
     """
 
     acts_on_decode = True
@@ -89,7 +90,7 @@ class StreamingLLMPolicy(CachePolicy):
         return Release(oldest, slots, keys, {SINKS: raw, EVICTED: evicted})
 
     def _raw(self, held: Tensor, row_state: dict[str, Tensor]) -> Tensor:
-        """Return the sinks' keys as the model made them; rows that never evicted hold them still."""
+        """Return the sinks' keys as the model made them; a row that never evicted holds them still."""
         if SINKS not in row_state:
             return held
         moved = (row_state[EVICTED] > 0)[:, None, None, None]
