@@ -52,7 +52,7 @@ def _section(out: Console, title: str, examine: Callable[[], Iterable[Finding]])
     for name, state, message in _findings(examine):
         mark, style = marks[state]
         line = Text(f"  {mark:<5}", style=style)
-        line.append(f"{name:<22}{message}", style="default")
+        line.append(f"{name:<22} {message}", style="default")
         out.print(line)
         well = well and state is not False
     return well
