@@ -4,6 +4,7 @@ Shapes: B or b rows, K key/value heads, N entries or slots, S sinks, C kept entr
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kvdock.budget import Budget
@@ -79,18 +80,21 @@ class StreamingLLMPolicy(CachePolicy):
         if not self.moves_sinks:
             return Release(oldest)
         order = position.masked_fill(position < 0, last)
-        slots = order.topk(self.options.sinks, dim=2, largest=False, sorted=True).indices
+        # A share of a short prompt may be fewer slots than sinks; the state keeps its full width.
+        count = min(self.options.sinks, order.shape[2])
+        slots = order.topk(count, dim=2, largest=False, sorted=True).indices
         held = view.keys.gather(2, slots[..., None].expand(-1, -1, -1, view.keys.shape[3]))
         raw = self._raw(held, view.row_state)
         evicted = view.row_state.get(EVICTED, torch.zeros_like(view.slots)) + view.over
-        rank = torch.arange(self.options.sinks, device=slots.device)
+        rank = torch.arange(count, device=slots.device)
         is_sink = rank < sinks[:, None]
         keys = self._turn(raw, evicted[:, None] * is_sink, view.layer)
         keys = torch.where(is_sink[:, None, :, None], keys, held)
-        return Release(oldest, slots, keys, {SINKS: raw, EVICTED: evicted})
+        state = F.pad(raw, (0, 0, 0, self.options.sinks - count))
+        return Release(oldest, slots, keys, {SINKS: state, EVICTED: evicted})
 
     def _raw(self, held: Tensor, row_state: dict[str, Tensor]) -> Tensor:
-        """Return the sinks' keys as the model made them; a row that never evicted holds them still."""
+        """Return the sinks' keys as the model made them; before an eviction they are ``held``."""
         if SINKS not in row_state:
             return held
         moved = (row_state[EVICTED] > 0)[:, None, None, None]
