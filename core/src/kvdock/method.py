@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -116,7 +117,7 @@ class Method:
 
 def canonical(name: str) -> str:
     """Return the id of a method for any of its spellings: `Snap-KV` → `snapkv`."""
-    return name.strip().lower().replace("-", "").replace("_", "").replace(" ", "")
+    return re.sub(r"[-_\s]", "", name).lower()
 
 
 def _load(method: str, reference: str) -> Any:
