@@ -133,9 +133,11 @@ class LayerStore:
         if not self.open:
             return
         policy = self.plan.cache_policy
-        if turn == 0:
+        again = policy is not None and policy.acts_on_later_turns
+        # rows that decode holds at an allowance keep the one of their first prompt
+        if turn == 0 or (again and not self.ledger.bounded):
             self._set_slots(self.storage.view(KEY), self.storage.view(VALUE))
-        if turn == 0 or (policy is not None and policy.acts_on_later_turns):
+        if turn == 0 or again:
             assert self._params is not None
             kept: Choices = []
             for row, tail in enumerate(self._tails):

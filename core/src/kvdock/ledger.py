@@ -38,13 +38,17 @@ class Ledger:
         return [self.policy.predicted_slots(entries, slots, more) for entries, slots, more in facts]
 
     @property
+    def bounded(self) -> bool:
+        """Say whether decode holds rows at their allowance."""
+        return self.policy is not None and self.policy.acts_on_decode
+
+    @property
     def limit(self) -> int | None:
         """Return the most slots a row can need during decode; None when it grows without end.
 
         A row held at its allowance attends over one entry more before it gives one up.
         """
-        bounded = self.policy is not None and self.policy.acts_on_decode
-        return max(self.slots) + 1 if bounded else None
+        return max(self.slots) + 1 if self.bounded else None
 
     def begin_turn(self, batch: int) -> None:
         """Open a prompt."""
