@@ -6,9 +6,14 @@ import textwrap
 from importlib.metadata import entry_points
 
 import pytest
+from hypothesis import settings
 
 from kvdock.hookspecs import COMMAND_GROUP, ENTRY_POINT_GROUP
 from kvdock.registry import Host
+
+# a loaded machine is slow, not wrong
+settings.register_profile("patient", deadline=None)
+settings.load_profile("patient")
 
 GOOD_PLUGIN = """
     from kvdock import Method, Paper, hookimpl
