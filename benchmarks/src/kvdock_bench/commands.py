@@ -130,13 +130,11 @@ def report(
     ),
 ) -> None:
     """Make the tables, plots and report.html of a run again from its records."""
-    from rich.console import Console
-
     from kvdock_bench.folder import find_run, read_run
-    from kvdock_bench.results import remake
+    from kvdock_bench.results import make_console, remake
 
     folder = find_run(run, output_dir)
-    remake(folder, read_run(folder)).show(Console())
+    remake(folder, read_run(folder)).show(make_console())
 
 
 @hookimpl

@@ -64,18 +64,24 @@ def describe_hardware(device: Any) -> dict[str, Any]:
     """Return processor, memory, and the GPU if the run uses one."""
     import torch
 
-    name, memory = _processor(), None
+    memory = None
     if device.type == "cuda":
-        facts = torch.cuda.get_device_properties(device)
-        name, memory = facts.name, facts.total_memory
+        memory = torch.cuda.get_device_properties(device).total_memory
     return {
-        "device": name,
+        "device": device_name(device),
         "device_memory": memory,
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "ram": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "system": f"{platform.system()} {platform.machine()}",
     }
+
+
+def device_name(device: Any) -> str:
+    """Return the GPU's or the processor's name."""
+    import torch
+
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
 
 
 def describe_git() -> dict[str, Any] | None:

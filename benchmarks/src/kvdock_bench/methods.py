@@ -70,7 +70,7 @@ def parse_methods(
 ) -> list[MethodConfig]:
     """Return the full cache and one configuration per method and budget; checks everything."""
     host = host or default_host()
-    parsed = [str(Budget.parse(text)) for text in budgets]
+    parsed: list[str | None] = [_spelling(Budget.parse(text)) for text in budgets]
     columns = [[host.load(part) for part in name.split("+")] for name in names]
     chosen = parse_settings(settings, {method.id for column in columns for method in column})
     configs = [FULL_CACHE]
@@ -104,7 +104,7 @@ def _configure(
     if not defaults:
         budget = None
     elif budget is None:
-        budget = str(Budget.parse(defaults[0]))
+        budget = _spelling(Budget.parse(defaults[0]))
     options = {}
     for method in column:
         checked = method.make_options(**chosen.get(method.id, {}))
@@ -123,6 +123,11 @@ def _configure(
             if all(name in ability.dtypes for ability in abilities)
         ),
     )
+
+
+def _spelling(budget: Budget) -> str:
+    """Return one spelling per budget, slots as a plain number."""
+    return str(budget).removesuffix("tok")
 
 
 def _value(text: str) -> Any:

@@ -39,6 +39,7 @@ class Plot:
     name: str
     title: str
     svg: str
+    note: str = ""
 
 
 def make_plots(summary: Summary) -> list[Plot]:
@@ -67,7 +68,7 @@ def _accuracy(summary: Summary) -> Plot | None:
         )
     _length_axis(axes, summary.lengths)
     axes.set_ylim(-3, 103)
-    _legend(axes, len(series))
+    _legend(figure)
     return Plot("accuracy", "Accuracy by prompt length", _svg(figure))
 
 
@@ -89,33 +90,37 @@ def _memory(summary: Summary, length: int) -> Plot | None:
         axes.plot([x], [y], **{**look, "linestyle": "none", "markersize": 9}, alpha=faded)
     axes.set_xlim(left=0, right=1.12 * max(x for x, _, _ in points))
     axes.set_ylim(-3, 103)
-    _legend(axes, len(points))
-    title = f"Accuracy by KV memory at {length_name(length)}"
-    return Plot(f"pareto-{length}", f"{title}: the front joined, beaten points faded", _svg(figure))
+    _legend(figure)
+    return Plot(
+        f"pareto-{length}",
+        f"Accuracy by KV memory at {length_name(length)}",
+        _svg(figure),
+        "The line joins the Pareto front; points that another beats are faded.",
+    )
 
 
 def _cost(
     summary: Summary, name: str, title: str, unit: str, value: Callable[[Cost], float | None]
 ) -> Plot | None:
     figure, axes = _axes("prompt length (tokens)", unit)
-    drawn = 0
+    drawn = False
     for place, method in enumerate(summary.methods):
         costs = [(n, value(summary.costs[method.method_id, n])) for n in summary.lengths]
         points = [(n, y) for n, y in costs if y is not None]
         if points:
             axes.plot(*zip(*points, strict=True), **_look(summary, place))
-            drawn += 1
+            drawn = True
     if not drawn:
         return None
     _length_axis(axes, summary.lengths)
     axes.set_ylim(bottom=0)
-    _legend(axes, drawn)
+    _legend(figure)
     return Plot(name, f"{title} by prompt length", _svg(figure))
 
 
 def _axes(x_label: str, y_label: str) -> tuple[Figure, Any]:
     with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(5.6, 3.9), layout="constrained")
+        figure = Figure(figsize=(4.9, 3.8), layout="constrained")
         axes = figure.add_subplot()
     axes.set_xlabel(x_label)
     axes.set_ylabel(y_label)
@@ -145,8 +150,11 @@ def _length_axis(axes: Any, lengths: tuple[int, ...]) -> None:
     axes.set_xlim(lengths[0] / 1.2, lengths[-1] * 1.2)
 
 
-def _legend(axes: Any, entries: int) -> None:
-    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=min(3, entries), frameon=False)
+def _legend(figure: Figure) -> None:
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    # what fits side by side above the axes
+    columns = max(1, min(3, 56 // (6 + max(map(len, labels)))))
+    figure.legend(handles, labels, loc="outside upper left", ncols=columns, frameon=False)
 
 
 def _svg(figure: Figure) -> str:

@@ -120,7 +120,7 @@ def to_html(
         sides=sides,
         warning=data_note(summary),
         # matplotlib escapes the labels it draws
-        plots=[(plot.title, Markup(plot.svg)) for plot in plots],
+        plots=[(plot.title, Markup(plot.svg), plot.note) for plot in plots],
         samples=samples,
     )
 

@@ -24,6 +24,12 @@ from kvdock_bench.summary import Summary, summarise
 from kvdock_bench.tables import Table, main_table
 
 
+def make_console() -> Console:
+    """Return a console that does not squeeze tables into 80 columns where there is no terminal."""
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=160)
+
+
 @dataclass(frozen=True, slots=True)
 class Results:
     """The main table and where the report lies."""
@@ -39,7 +45,7 @@ class Results:
         for row in self.table.rows:
             grid.add_row(*(Text(cell) for cell in row))
         console.print(grid)
-        console.print(Text(self.table.note))
+        console.print(Text(self.table.note), soft_wrap=True)
         console.print(Text(f"Report: {self.path}"), soft_wrap=True)
 
 

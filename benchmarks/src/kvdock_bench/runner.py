@@ -5,56 +5,21 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import traceback
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 from kvdock.errors import KVDockError
 from kvdock_bench.batches import Item, make_batches
 from kvdock_bench.fitting import fit_sample
 from kvdock_bench.generate import Answer, Generator, Settings
-from kvdock_bench.models import Loaded
 from kvdock_bench.oom import is_oom, release
-from kvdock_bench.plan import Cell, Plan, record_key
+from kvdock_bench.plan import Cell
 from kvdock_bench.progress import Reporter
-from kvdock_bench.prompting import Prompter
-from kvdock_bench.record import OOM, UNFIT, Record
-from kvdock_bench.records import RecordStore
-from kvdock_bench.scoring import score
-from kvdock_bench.sources import TaskData
+from kvdock_bench.record import OOM, UNFIT
+from kvdock_bench.run import Run
 from kvdock_bench.tasks import Task
 
-Attach = Callable[..., contextlib.AbstractContextManager[Any]]
 WARM_UP = Settings(max_new_tokens=2)
-
-
-@dataclass(frozen=True, slots=True)
-class Run:
-    """All that the loop works with.
-
-    Args:
-        identity: what every record's key has in common.
-        attach: `kvdock.attach`, or a stand-in.
-    """
-
-    plan: Plan
-    loaded: Loaded
-    prompter: Prompter
-    data: TaskData
-    store: RecordStore
-    identity: dict[str, Any]
-    attach: Attach
-    error_log: Path
-
-    def key(self, cell: Cell, index: int) -> str:
-        """Return the key of one answer."""
-        return record_key(self.identity, cell, self.plan.config, index)
-
-    def missing(self, cell: Cell) -> list[int]:
-        """Return the indices of a cell's samples that are still to do."""
-        count = self.plan.config.num_samples
-        return [i for i in range(count) if not self.store.is_finished(self.key(cell, i))]
 
 
 class Runner:
@@ -65,7 +30,6 @@ class Runner:
         self.reporter = reporter
         loaded = run.loaded
         self._generator = Generator(loaded.model, loaded.tokenizer, loaded.shape, loaded.item_bytes)
-        self._device = _device_name(loaded.model.device)
         self._warm: set[str] = set()
         self._limits: dict[str, int] = {}
 
@@ -184,30 +148,7 @@ class Runner:
         answer: Answer | None = None,
         error: str | None = None,
     ) -> None:
-        record = Record(
-            key=self.run.key(cell, item.index),
-            method_id=cell.method.method_id,
-            method=cell.method.label,
-            task=cell.task.name,
-            length=cell.length,
-            index=item.index,
-            seed=self.run.plan.config.seed,
-            prompt_sha=item.sha,
-            n_prompt_tokens=len(item.ids),
-            units=item.units,
-            references=item.references,
-            data_source=cell.task.data_source(self.run.data),
-            device=self._device,
-            batch_size=batch_size,
-            prediction=answer and answer.text,
-            score=answer and score(cell.task.metric, answer.text, item.references),
-            n_new_tokens=answer and answer.n_new_tokens,
-            finish_reason=answer and answer.finish_reason,
-            timings=answer and answer.timings,
-            memory=answer and answer.memory,
-            error=error,
-        )
-        self.run.store.append(cell.name, record)
+        self.run.save(cell, item, answer=answer, batch_size=batch_size, error=error)
         self.reporter.advance(cell.length, 1, _label(cell))
 
     def _log_error(self, cell: Cell, batch: list[Item]) -> None:
@@ -218,9 +159,3 @@ class Runner:
 
 def _label(cell: Cell) -> str:
     return f"{cell.length} {cell.task.name}, {cell.method.label}"
-
-
-def _device_name(device: Any) -> str:
-    import torch
-
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"

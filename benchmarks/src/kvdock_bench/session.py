@@ -16,7 +16,7 @@ from kvdock_bench import metadata, models
 from kvdock_bench.arguments import Arguments
 from kvdock_bench.atomic import write_json
 from kvdock_bench.config import BenchConfig, load_config, override
-from kvdock_bench.dry_run import show_plan
+from kvdock_bench.dry_run import budget_warnings, show_plan
 from kvdock_bench.errors import BenchError
 from kvdock_bench.folder import RUN_FILE, check_tag, default_tag, locked, open_run, read_run
 from kvdock_bench.methods import MethodConfig, parse_methods
@@ -24,8 +24,9 @@ from kvdock_bench.plan import SCHEMA_VERSION, Plan, run_identity
 from kvdock_bench.progress import progress
 from kvdock_bench.prompting import Prompter
 from kvdock_bench.records import RecordStore
-from kvdock_bench.results import config_of, make_results, methods_of
-from kvdock_bench.runner import Attach, Run, Runner
+from kvdock_bench.results import config_of, make_console, make_results, methods_of
+from kvdock_bench.run import Attach, Run
+from kvdock_bench.runner import Runner
 from kvdock_bench.sources import load_data
 
 DONE, FAILED, INTERRUPTED = 0, 1, 130
@@ -33,7 +34,7 @@ DONE, FAILED, INTERRUPTED = 0, 1, 130
 
 def bench(arguments: Arguments, *, attach: Attach = kvdock.attach) -> int:
     """Run what the arguments ask for and return the exit code."""
-    console = Console()
+    console = make_console()
     config = effective_config(arguments)
     methods = parse_methods(arguments.acceleration, arguments.budget, arguments.settings)
     device = models.parse_device(list(arguments.device))
@@ -88,6 +89,8 @@ class _Session:
         tokens = sum(length * count for length, count in missing)
         done = self.plan.n_samples - samples
         self._say(f"{self.folder}: {samples} answers to generate, {done} are there.")
+        for warning in budget_warnings(self.plan):
+            self._say(warning)
         started, code = time.perf_counter(), DONE
         status = "failed"
         try:
@@ -129,6 +132,7 @@ class _Session:
             store=store,
             identity=identity,
             attach=self.attach,
+            device=metadata.device_name(self.loaded.model.device),
             error_log=self.folder / "errors.log",
         )
         return run, self._metadata(identity, data.describe(list(config.tasks)), earlier)
@@ -140,7 +144,8 @@ class _Session:
         methods = list(self.plan.methods)
         sessions = []
         if earlier is not None:
-            methods += [method for method in methods_of(earlier) if method not in methods]
+            present = {method.method_id for method in methods}
+            methods += [old for old in methods_of(earlier) if old.method_id not in present]
             sessions = earlier["sessions"]
             identity = {**identity, "data": {**earlier["identity"]["data"], **identity["data"]}}
         command = shlex.join(self.arguments.command)

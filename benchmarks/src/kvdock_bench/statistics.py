@@ -47,28 +47,37 @@ def mean_of_groups(groups: Groups) -> Mean | None:
     return Mean(value, error, sum(len(group) for group in filled))
 
 
-def paired_difference(groups: Groups, *, seed: int = 0) -> Paired | None:
-    """Return the mean over groups of the samples' differences, resampled within each group."""
-    filled = [np.asarray(group, dtype=float) for group in groups if len(group)]
+def paired_difference(rows: Sequence[Groups], *, seed: int = 0) -> Paired | None:
+    """Return the mean over rows of the mean over groups, resampled within each group.
+
+    Args:
+        rows: for each length the samples' differences by task; a row without any is left out.
+    """
+    filled = [[np.asarray(g, dtype=float) for g in row if len(g)] for row in rows]
+    filled = [row for row in filled if row]
     if not filled:
         return None
     rng = np.random.default_rng(seed)
     means = np.zeros(RESAMPLES)
-    for group in filled:
-        picks = rng.integers(0, len(group), size=(RESAMPLES, len(group)))
-        means += group[picks].mean(axis=1) / len(filled)
+    value = 0.0
+    for row in filled:
+        for group in row:
+            weight = 1 / (len(row) * len(filled))
+            picks = rng.integers(0, len(group), size=(RESAMPLES, len(group)))
+            means += weight * group[picks].mean(axis=1)
+            value += weight * float(group.mean())
     low, high = np.percentile(means, [2.5, 97.5])
-    value = float(np.mean([group.mean() for group in filled]))
-    return Paired(value, float(low), float(high), sum(len(group) for group in filled))
+    n = sum(len(group) for row in filled for group in row)
+    return Paired(value, float(low), float(high), n)
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
     """Return the indices of points (cost, gain) that no other beats, by rising cost."""
-    order = sorted(range(len(points)), key=lambda i: (points[i][0], -points[i][1]))
-    front: list[int] = []
-    best = -math.inf
-    for index in order:
-        if points[index][1] > best:
-            front.append(index)
-            best = points[index][1]
-    return front
+
+    def beaten(point: tuple[float, float]) -> bool:
+        return any(
+            other != point and other[0] <= point[0] and other[1] >= point[1] for other in points
+        )
+
+    front = [index for index, point in enumerate(points) if not beaten(point)]
+    return sorted(front, key=lambda index: points[index])

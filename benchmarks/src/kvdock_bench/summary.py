@@ -100,7 +100,7 @@ def summarise(plan: Plan, records: Iterable[Record]) -> Summary:
     paired: dict[tuple[str, int | None], Paired | None] = {}
     for method in plan.methods:
         name = method.method_id
-        every: list[list[float]] = []
+        every: list[list[list[float]]] = []
         for length in lengths:
             rows = [cells[name, length, task] for task in tasks]
             scores[name, length] = _combine(
@@ -111,9 +111,9 @@ def summarise(plan: Plan, records: Iterable[Record]) -> Summary:
             pairs = [
                 _differences(cells[full, length, task], cells[name, length, task]) for task in tasks
             ]
-            every += pairs
+            every.append(pairs)
             if not method.is_full:
-                paired[name, length] = paired_difference(pairs)
+                paired[name, length] = paired_difference([pairs])
         if not method.is_full:
             paired[name, None] = paired_difference(every)
         averages[name] = _average([scores[name, length] for length in lengths])

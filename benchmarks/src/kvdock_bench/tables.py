@@ -87,15 +87,24 @@ def main_table(summary: Summary) -> Table:
         FAILED: "error: see errors.log",
     }
     legend = "; ".join(text for status, text in meanings.items() if status in signs)
-    budgets = ", ".join(f"{m.label}: {m.budget}" for m in summary.methods if m.budget)
     parts = [
         "Percent, mean over tasks ± standard error; n answers per method and length.",
-        f"Budgets: {budgets}." if budgets else "",
+        _budget_note(summary),
         f"{legend}." if legend else "",
         data_note(summary),
     ]
     title = "RULER-style accuracy (offline data)" if data_note(summary) else "RULER accuracy"
     return Table(title, _head(summary), rows, " ".join(part for part in parts if part))
+
+
+def _budget_note(summary: Summary) -> str:
+    """Name the budgets, unless the columns' labels do."""
+    budgets = {m.label: m.budget for m in summary.methods if m.budget}
+    if not budgets or all(budget in label for label, budget in budgets.items()):
+        return ""
+    if len(set(budgets.values())) == 1:
+        return f"Budget {next(iter(budgets.values()))}."
+    return "Budgets: " + ", ".join(f"{label} {budget}" for label, budget in budgets.items()) + "."
 
 
 def side_tables(summary: Summary) -> list[Table]:
