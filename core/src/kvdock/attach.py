@@ -102,7 +102,7 @@ class Dock:
         self.cache, self._ending = cache, ending
 
     def check_mode(self) -> None:
-        """Refuse a model that was put into training mode after it was attached."""
+        """Refuse a model that was put into training mode, or told otherwise, after `attach`."""
         self._check_attached()
         _check_eval(self.model)
 
@@ -203,6 +203,11 @@ def _check_eval(model: Any) -> None:
     if model.training:
         raise UnsupportedError(
             "the model is in training mode; kvdock is for inference. Call model.eval() first."
+        )
+    if model.config.get_text_config(decoder=True).output_attentions:
+        raise UnsupportedError(
+            "the model's config sets output_attentions, which needs the full T×T probabilities that"
+            " kvdock never forms. Set model.config.output_attentions = False."
         )
 
 

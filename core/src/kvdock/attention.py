@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvdock.cache import DockCache, DockLayer, KVHandle
+from kvdock.cache import DockLayer, KVHandle
 from kvdock.compat import PlainHandle
 from kvdock.errors import UnsupportedError
 from kvdock.kernels.windowed import attend_window
@@ -72,43 +72,12 @@ def dock_attention(
             query, key.key, key.value, params, window=window, seen=layout.seen, mask=layout.mask
         )
         return output, None
-    return _attend(module, query, key, layout, params), None
-
-
-def _attend(
-    module: torch.nn.Module,
-    query: Tensor,
-    handle: KVHandle,
-    layout: BatchLayout,
-    params: AttentionParams,
-) -> Tensor:
-    layer: DockLayer = handle.layer
-    cache: DockCache = layer.cache
-    if getattr(module, "config", cache.plan.config) is not cache.plan.config:
+    layer: DockLayer = key.layer
+    if getattr(module, "config", layer.session.plan.config) is not layer.session.plan.config:
         raise UnsupportedError(
             "this cache was made for another model. Start one with that model's dock.new_cache()."
         )
-    seen, columns = layer.columns, layer.columns + layout.columns
-    if cache.prompt_columns is None:
-        cache.prompt_columns = columns  # the first forward is the whole prompt
-    in_prompt = seen < cache.prompt_columns
-    # Every column of a decode step inside generate() is real; elsewhere the layout has to be read.
-    one_each = layout.columns == 1 and (cache.generating or layout.spans is None)
-    layer.columns = columns
-    if not in_prompt and one_each:
-        return layer.store.step(query, handle.key, handle.value, params)
-    if not in_prompt:
-        cache.begin_turn(columns)
-    return layer.store.extend(
-        query,
-        handle.key,
-        handle.value,
-        layout,
-        params,
-        turn=cache.turn,
-        last=columns >= (cache.prompt_columns or 0),
-        prompt_columns=cache.prompt_columns or columns,
-    )
+    return layer.session.attend(layer.rank, query, key.key, key.value, layout, params), None
 
 
 def _check_call(module: torch.nn.Module, key: Any, layout: Any, kwargs: dict[str, Any]) -> None:
@@ -124,7 +93,7 @@ def _check_call(module: torch.nn.Module, key: Any, layout: Any, kwargs: dict[str
         )
     if module.training:
         raise UnsupportedError("a docked model is for inference: call model.eval() first.")
-    if kwargs.get("output_attentions"):
+    if kwargs.get("output_attentions") or getattr(module.config, "output_attentions", False):
         raise UnsupportedError(
             "output_attentions=True needs the full T×T probabilities, which kvdock never forms."
         )

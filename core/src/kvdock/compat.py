@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -69,7 +70,8 @@ def implementation(model: PreTrainedModel) -> Iterator[str]:
     before = [(config, config._attn_implementation_internal) for config in _configs(model)]
     name = model.config.get_text_config(decoder=True)._attn_implementation
     try:
-        model.set_attn_implementation(IMPLEMENTATION)
+        if _reads_interface(model):
+            model.set_attn_implementation(IMPLEMENTATION)
         if model.config.get_text_config(decoder=True)._attn_implementation != IMPLEMENTATION:
             raise UnsupportedError(
                 f"{type(model).__name__} does not go through transformers' attention interface, so"
@@ -80,6 +82,15 @@ def implementation(model: PreTrainedModel) -> Iterator[str]:
     finally:
         for config, value in before:
             config._attn_implementation_internal = value
+
+
+def _reads_interface(model: PreTrainedModel) -> bool:
+    """Say whether a modeling file behind the model imports the table of attention functions.
+
+    `set_attn_implementation` guesses by the names of classes and accepts some that never read it.
+    """
+    files = {type(module).__module__ for module in model.modules()}
+    return any(hasattr(sys.modules.get(file), "ALL_ATTENTION_FUNCTIONS") for file in files)
 
 
 def _configs(model: PreTrainedModel) -> list[Any]:

@@ -238,7 +238,8 @@ def residue(model: PreTrainedModel) -> dict[str, Any]:
         "implementation": model.config._attn_implementation,
         "config": model.config.to_json_string(),
         "instance": {name: sorted(module.__dict__) for name, module in model.named_modules()},
-        "class": sorted(vars(type(model))),
+        # transformers notes on the class, once, what it found in its source file
+        "class": sorted(x for x in vars(type(model)) if not x.endswith("_cached_value")),
         "hooks": [
             (name, len(module._forward_hooks), len(module._forward_pre_hooks))
             for name, module in model.named_modules()
