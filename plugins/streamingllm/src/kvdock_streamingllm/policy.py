@@ -38,9 +38,11 @@ class StreamingLLMPolicy(CachePolicy):
 
     def bind(self, facts: ModelFacts) -> None:
         """Take the model's rotary functions, which positions inside the cache need."""
-        if self.moves_sinks and facts.rotate is None:
+        # Without sinks nothing moves, but leaving keys where they are is the paper's numbering only
+        # where RoPE sees nothing but relative distances.
+        if self.options.positions == "cache" and facts.rotate is None:
             raise UnsupportedError(
-                f"streamingllm: positions='cache' moves keys by RoPE, but {facts.rotate_reason}."
+                f"streamingllm: positions='cache' renumbers by RoPE, but {facts.rotate_reason}."
                 " Use positions='original'."
             )
         self._facts = facts
