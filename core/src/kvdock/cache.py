@@ -15,6 +15,7 @@ from kvdock.compat import passthrough_layers
 from kvdock.errors import UnsupportedError
 from kvdock.layer import LayerStore
 from kvdock.plan import DockPlan
+from kvdock.session import Session
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -27,17 +28,21 @@ class KVHandle:
 
 
 class DockLayer(CacheLayerMixin):
-    """Present one layer to transformers in columns (pads included); `store` holds real tokens."""
+    """Present one layer to transformers in columns (pads included); its store holds real tokens."""
 
     is_compileable = False
     is_croppable = False
     is_sliding = False
 
-    def __init__(self, cache: DockCache, rank: int) -> None:
+    def __init__(self, session: Session, rank: int) -> None:
         super().__init__()
-        self.cache = cache
-        self.store = LayerStore(cache.plan, rank)
-        self.columns = 0
+        self.session = session
+        self.rank = rank
+
+    @property
+    def store(self) -> LayerStore:
+        """Return what the layer holds."""
+        return self.session.stores[self.rank]
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Mark the layer ready; memory is allocated where the tokens are stored."""
@@ -47,7 +52,7 @@ class DockLayer(CacheLayerMixin):
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[KVHandle, KVHandle]:  # type: ignore[override]
         """Return a handle twice; the attention function takes the states from it."""
-        if not self.cache.plan.attached:
+        if not self.session.plan.attached:
             raise UnsupportedError(
                 "this cache belongs to a dock that was detached. Attach again for a new cache."
             )
@@ -57,11 +62,11 @@ class DockLayer(CacheLayerMixin):
 
     def get_seq_length(self) -> int:
         """Return the columns seen, pads and evicted tokens included."""
-        return self.columns
+        return self.store.columns
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Return the logical length and offset; physical slots never show here."""
-        return self.columns + query_length, 0
+        return self.store.columns + query_length, 0
 
     def get_max_length(self) -> int:
         """Return −1: there is no maximum."""
@@ -71,8 +76,7 @@ class DockLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         """Forget everything."""
-        self.store = LayerStore(self.cache.plan, self.store.rank)
-        self.columns = 0
+        self.session.stores[self.rank] = LayerStore(self.session.plan, self.rank)
         self.is_initialized = False
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -113,13 +117,10 @@ class DockCache(Cache):
 
     def __init__(self, plan: DockPlan, prompt_length: int | None = None) -> None:
         self.plan = plan
-        self.prompt_columns = prompt_length
-        self.turn = 0
-        self.generating = False
-        managed = {index: rank for rank, index in enumerate(plan.managed)}
+        self.session = Session(plan, prompt_length)
         layers = passthrough_layers(plan.config)
-        for index, rank in managed.items():
-            layers[index] = DockLayer(self, rank)
+        for rank, index in enumerate(plan.managed):
+            layers[index] = DockLayer(self.session, rank)
         super().__init__(layers=layers)
 
     @property
@@ -127,17 +128,14 @@ class DockCache(Cache):
         """Return the managed layers, in order."""
         return [self.layers[index] for index in self.plan.managed]
 
-    def begin_turn(self, prompt_columns: int) -> None:
-        """Say that the prompt of this turn ends at column ``prompt_columns``."""
-        if self.prompt_columns is not None and self.get_seq_length():
-            self.turn += 1
-        self.prompt_columns = prompt_columns
-
     def end_prefill(self) -> None:
         """Mark the end of the prompt; layers still uncompressed are compressed now."""
-        for layer in self.docked:
-            layer.store.finish(self.turn)
-        self.prompt_columns = self.get_seq_length()
+        self.session.end_prefill()
+
+    def reset(self) -> None:
+        """Forget everything; the next forward is a first prompt again."""
+        super().reset()
+        self.session.prompt_columns, self.session.turn = None, 0
 
 
 def _refuse_crop() -> None:

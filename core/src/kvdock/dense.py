@@ -115,14 +115,17 @@ class DenseStorage(KVStorage):
         self.used, self.live = ends, list(ends)
 
     def _write(self, rows: slice, at: int, key: Tensor, value: Tensor, position: int) -> None:
-        count = key.shape[2]
-        self.table[KEY][rows, :, at : at + count] = key
-        self.table[VALUE][rows, :, at : at + count] = value
-        self.table[POSITION][rows, :, at : at + count] = torch.arange(
-            position, position + count, device=key.device, dtype=torch.int32
-        )
+        span = slice(at, at + key.shape[2])
+        self.table[KEY][rows, :, span] = key
+        self.table[VALUE][rows, :, span] = value
+        if key.shape[2] == 1:
+            self.table[POSITION][rows, :, span] = position
+        else:
+            self.table[POSITION][rows, :, span] = torch.arange(
+                position, position + key.shape[2], device=key.device, dtype=torch.int32
+            )
         for name in self.table.keys() - {KEY, VALUE, POSITION}:
-            self.table[name][rows, :, at : at + count] = 0
+            self.table[name][rows, :, span] = 0
 
     def append_step(
         self, key: Tensor, value: Tensor, positions: list[int], limit: int | None
@@ -166,6 +169,15 @@ class DenseStorage(KVStorage):
         full = all(live == extent for live in self.live)
         valid = None if full else self.view(POSITION) >= 0
         return attend_slots(query, self.view(KEY), self.view(VALUE), valid, params)
+
+    def put_state(self, states: dict[str, Tensor], row: int | None = None) -> None:
+        """Write the policy's per-entry tensors of the used slots, of one row or of all."""
+        rows = slice(None) if row is None else slice(row, row + 1)
+        for name, state in states.items():
+            if name not in self.table:
+                shape = (*self.table[POSITION].shape, *state.shape[3:])
+                self.table[name] = state.new_zeros(shape)
+            self.table[name][rows, :, : state.shape[2]] = state
 
     def release(self, slot: Tensor, over: list[bool]) -> None:
         """Mark the slot empty in the rows that are ``over``."""

@@ -74,18 +74,18 @@ def docked_generate(dock: Dock, original: Callable[..., Any]) -> Callable[..., A
         bound = signature.bind_partial(*args, **kwargs)
         given = {**bound.arguments, **bound.arguments.pop("kwargs", {})}
         cache = _cache_for(dock, given)
-        cache.begin_turn(_prompt_columns(given))
+        cache.session.begin_turn(_prompt_columns(given))
         clock = Clock(dock.device)
         ending = PrefillEnd(cache, clock)
         given["past_key_values"] = cache
         given["logits_processor"] = LogitsProcessorList(
             [*(given.get("logits_processor") or ()), ending]
         )
-        cache.generating = True
+        cache.session.generating = True
         try:
             return original(**given)
         finally:
-            cache.generating = False
+            cache.session.generating = False
             clock.mark()
             dock.note(cache, ending)
 

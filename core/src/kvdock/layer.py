@@ -5,15 +5,19 @@ Shapes: B rows, H query heads, K key/value heads, Q new columns, N entries, D he
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from kvdock.dense import KEY, POSITION, VALUE, DenseStorage
+from kvdock.dense import KEY, VALUE, DenseStorage
 from kvdock.layout import BatchLayout
 from kvdock.ledger import Ledger
 from kvdock.plan import DockPlan
-from kvdock.policy import AttentionParams, DecodeView, PrefillView, Selection
+from kvdock.policy import AttentionParams, Selection
 from kvdock.storage import RowGroup
+from kvdock.views import LayerViews
 
 Choices = list[tuple[RowGroup, Selection | None]]
 
@@ -30,10 +34,13 @@ class LayerStore:
         self.rank = rank
         self.storage = DenseStorage()
         self.ledger = Ledger(plan.cache_policy)
-        self.row_state: dict[str, Tensor] = {}
+        self.views = LayerViews(rank, plan.facts.layers)
+        self.columns = 0
+        """Columns seen, pads and evicted tokens included."""
         self.open = False
         """Whether a prompt is coming in and has not been compressed yet."""
         self._tails: list[Tensor | None] = []
+        self._waiting: list[tuple[RowGroup, Tensor | None]] = []
         self._params: AttentionParams | None = None
 
     # -- prefill -----------------------------------------------------------------------------------
@@ -46,11 +53,12 @@ class LayerStore:
         layout: BatchLayout,
         params: AttentionParams,
         *,
-        turn: int,
-        last: bool,
-        prompt_columns: int,
+        room: int,
     ) -> Tensor:
-        """Attend with a forward of a prompt, then keep what the policy keeps if it is the last.
+        """Attend with a forward of a prompt and hold its states until `finish` chooses.
+
+        Args:
+            room: columns of the whole prompt, reserved at once when it comes in pieces.
 
         Returns:
             [B, Q, H, D]; pad columns are zero.
@@ -61,46 +69,51 @@ class LayerStore:
             self.open, self._tails = True, [None] * layout.batch
         self._params = params
         starts = self.ledger.bring(layout.new_tokens)
-        if self.storage.empty and last:
-            return self._one_shot(query, key, value, layout, params, turn)
+        if self.storage.empty and self.columns >= room:
+            return self._whole(query, key, value, layout, params)
         if self.storage.empty:
-            self.storage.start(key, value, prompt_columns)
+            self.storage.start(key, value, room)
         self.storage.extend(layout, key, value, starts)
         output = self._attend_stored(query, layout, params)
+        self._observe_stored(query, layout, params)
         self._remember_tail(query, layout)
-        if last:
-            self.finish(turn)
         return output
 
-    def _one_shot(
+    def _whole(
         self,
         query: Tensor,
         key: Tensor,
         value: Tensor,
         layout: BatchLayout,
         params: AttentionParams,
-        turn: int,
     ) -> Tensor:
-        """Attend over the whole prompt and store only what is kept."""
+        """Attend over a prompt that came in one forward, without storing what will be dropped."""
         spans = layout.spans
+        policy = self.plan.cache_policy
         if spans is None:
             output = self.plan.prefill(query, key, value, params, self.rank)
             groups = [(tuple(range(layout.batch)), query, key, value)]
+            if policy is not None and policy.revises:  # rows may come to hold different numbers
+                rows = [tuple(x[i : i + 1] for x in (query, key, value)) for i in groups[0][0]]
+                groups = [((i,), *row) for i, row in enumerate(rows)]
         else:
             rows = [(span.take(query), span.take(key), span.take(value)) for span in spans]
             output = _zeros(query, value)
             real = [row for row, span in zip(rows, spans, strict=True) if span.count]
             self.plan.prefill_ragged(real, layout, output, params, self.rank)
             groups = [((span.row,), *row) for span, row in zip(spans, rows, strict=True)]
-        self._set_slots(key, value)
-        kept: Choices = []
         for indices, q, k, v in groups:
             n = k.shape[2]
             position = torch.arange(n, device=k.device).expand(k.shape[0], k.shape[1], n)
             group = RowGroup(indices, k, v, position)
-            kept.append((group, self._select(group, q, params, turn)))
-        self._store(kept)
-        self.open = False
+            if policy is not None and policy.observes_prompt:
+                group = replace(
+                    group,
+                    slot_state=policy.observe_prompt(
+                        self.views.prompt(group, q, self.ledger, params)
+                    ),
+                )
+            self._waiting.append((group, q))
         return output
 
     def _attend_stored(self, query: Tensor, layout: BatchLayout, params: AttentionParams) -> Tensor:
@@ -128,78 +141,82 @@ class LayerStore:
             joined = one if tail is None else torch.cat([tail, one], dim=2)
             self._tails[span.row] = joined[:, :, -window:].clone()
 
-    def finish(self, turn: int) -> None:
-        """End the prompt: let the policy choose among everything stored."""
-        if not self.open:
+    def _observe_stored(self, query: Tensor, layout: BatchLayout, params: AttentionParams) -> None:
+        policy = self.plan.cache_policy
+        if policy is None or not policy.observes_prompt:
             return
+        for span in layout.row_spans:
+            if span.count:
+                row = self.storage.row(span.row)
+                view = self.views.prompt(row, span.take(query), self.ledger, params)
+                self.storage.put_state(policy.observe_prompt(view), span.row)
+
+    def finish(self, turn: int, shared: dict[str, Any]) -> None:
+        """End the prompt: let the policy choose among everything the prompt left here."""
         policy = self.plan.cache_policy
         again = policy is not None and policy.acts_on_later_turns
-        # rows that decode holds at an allowance keep the one of their first prompt
         if turn == 0 or (again and not self.ledger.bounded):
-            self._set_slots(self.storage.view(KEY), self.storage.view(VALUE))
+            # rows that decode holds at an allowance keep the one of their first prompt
+            self._set_slots()
         if turn == 0 or again:
-            assert self._params is not None
-            kept: Choices = []
-            for row, tail in enumerate(self._tails):
-                group = self.storage.row(row)
-                kept.append((group, self._select(group, tail, self._params, turn)))
-            self._store(kept)
+            if not self._waiting:
+                tails = enumerate(self._tails)
+                self._waiting = [(self.storage.row(row), tail) for row, tail in tails]
+            chosen = [(group, self._select(group, q, turn, shared)) for group, q in self._waiting]
+            self._waiting = []
+            self._store(chosen)
         else:
             self.ledger.kept_turn()
         self.open, self._tails = False, []
 
     # -- decisions ---------------------------------------------------------------------------------
 
-    def _set_slots(self, key: Tensor, value: Tensor) -> None:
-        batch, heads = key.shape[:2]
-        entry = key.shape[-1] * key.element_size() + value.shape[-1] * value.element_size()
-        slot_bytes = entry * heads * batch * self.plan.facts.layers
+    def _set_slots(self) -> None:
+        if self._waiting:
+            key, value = self._waiting[0][0].keys, self._waiting[0][0].values
+        else:
+            key, value = self.storage.view(KEY), self.storage.view(VALUE)
         tokens = self.ledger.tokens
+        entry = key.shape[-1] * key.element_size() + value.shape[-1] * value.element_size()
+        slot_bytes = entry * key.shape[1] * len(tokens) * self.plan.facts.layers
         slots = {n: self.plan.layer_slots(n, slot_bytes)[self.rank] for n in set(tokens)}
         self.ledger.slots = [slots[n] for n in tokens]
 
     def _select(
-        self, group: RowGroup, queries: Tensor | None, params: AttentionParams, turn: int
+        self, group: RowGroup, queries: Tensor | None, turn: int, shared: dict[str, Any]
     ) -> Selection | None:
         first = group.rows[0]  # rows of a group have the same length, so the same numbers
-        slots = self.ledger.slots[first]
         policy = self.plan.cache_policy
-        if policy is None or group.length <= slots:
+        if policy is None or group.length <= self.ledger.slots[first]:
             return None
+        assert self._params is not None
         window = min(self.plan.window, self.ledger.turn_tokens[first])
         if queries is not None:
             queries = queries[:, :, queries.shape[2] - window :]
-        rows = list(group.rows)
-        view = PrefillView(
-            layer=self.rank,
-            layers=self.plan.facts.layers,
-            slots=slots,
-            queries=queries,
-            keys=group.keys,
-            values=group.values,
-            positions=group.positions,
-            params=params,
-            turn=turn,
-            rows=group.rows,
-            slot_state=group.slot_state,
-            row_state={name: state[rows] for name, state in self.row_state.items()},
+        return policy.select(
+            self.views.prompt(group, queries, self.ledger, self._params, turn=turn, shared=shared)
         )
-        return policy.select(view)
 
     def _store(self, kept: Choices) -> None:
         """Move what is kept into storage of its own size; the rest is freed with its tensors."""
         entries = {row: group.length for group, _ in kept for row in group.rows}
-        self._keep_row_state(kept)
+        policy = self.plan.cache_policy
+        for group, choice in kept:
+            if choice is not None and policy is not None and policy.revises:
+                for row in group.rows:
+                    self.ledger.slots[row] = choice.index.shape[2]
+        for group, choice in kept:
+            if choice is not None:
+                self.views.keep(group.rows, choice.row_state, len(entries))
         self.storage.fill([_gather(group, choice) for group, choice in kept])
         self.ledger.compressed([entries[row] for row in range(len(entries))])
 
-    def _keep_row_state(self, kept: Choices) -> None:
-        for group, choice in kept:
-            for name, state in (choice.row_state if choice else {}).items():
-                if name not in self.row_state:
-                    shape = (len(self.ledger.tokens), *state.shape[1:])
-                    self.row_state[name] = state.new_zeros(shape)
-                self.row_state[name][list(group.rows)] = state
+    def shrink(self, choices: dict[int, Selection]) -> None:
+        """Keep less of some rows, as a later layer of the same prompt made the policy decide."""
+        rows = range(len(self.ledger.tokens))
+        entries = list(self.ledger.entries)
+        self._store([(self.storage.row(row), choices.get(row)) for row in rows])
+        self.ledger.compressed(entries)
 
     # -- decode ------------------------------------------------------------------------------------
 
@@ -208,34 +225,26 @@ class LayerStore:
         self.storage.append_step(key, value, self.ledger.tokens, self.ledger.limit)
         self.ledger.step()
         output = self.storage.attend_step(query, params)
-        if self.ledger.limit is not None:
-            self._release(query, params)
+        policy = self.plan.cache_policy
+        if policy is not None and policy.observes_decode:
+            view = self.views.step(query, self.storage, self.ledger, self._over, params)
+            self.storage.put_state(policy.observe_step(view))
+        over = self._over
+        if policy is not None and policy.acts_on_decode and any(over):
+            release = policy.release(
+                self.views.step(query, self.storage, self.ledger, over, params)
+            )
+            if release.rewrite_slots is not None and release.rewrite_keys is not None:
+                self.storage.rewrite_keys(release.rewrite_slots, release.rewrite_keys)
+            self.views.row_state.update(release.row_state)
+            self.storage.release(release.slot, over)
         return output
 
-    def _release(self, query: Tensor, params: AttentionParams) -> None:
-        slots = self.ledger.slots
-        over = [live > limit for live, limit in zip(self.storage.live, slots, strict=True)]
-        policy = self.plan.cache_policy
-        if policy is None or not any(over):
-            return
-        view = DecodeView(
-            layer=self.rank,
-            layers=self.plan.facts.layers,
-            queries=query,
-            keys=self.storage.view(KEY),
-            values=self.storage.view(VALUE),
-            positions=self.storage.view(POSITION),
-            over=torch.tensor(over, device=query.device),
-            slots=torch.tensor(slots, device=query.device),
-            params=params,
-            slot_state=self.storage.slot_state(),
-            row_state=self.row_state,
-        )
-        release = policy.release(view)
-        if release.rewrite_slots is not None and release.rewrite_keys is not None:
-            self.storage.rewrite_keys(release.rewrite_slots, release.rewrite_keys)
-        self.row_state.update(release.row_state)
-        self.storage.release(release.slot, over)
+    @property
+    def _over(self) -> list[bool]:
+        """Say which rows hold more than their allowance."""
+        pairs = zip(self.storage.live, self.ledger.slots, strict=True)
+        return [live > slots for live, slots in pairs]
 
     # -- rows --------------------------------------------------------------------------------------
 
@@ -248,8 +257,7 @@ class LayerStore:
         order = [0] * index.numel() if even else index.tolist()
         self.ledger.select_rows(order)
         self.storage.select_rows(index, order)
-        for name, state in self.row_state.items():
-            self.row_state[name] = state.index_select(0, index.to(state.device))
+        self.views.select_rows(index)
 
     def repeat_rows(self, repeats: int) -> None:
         """Repeat every row ``repeats`` times, copies side by side."""
@@ -271,7 +279,7 @@ def _gather(group: RowGroup, choice: Selection | None) -> RowGroup:
         take(group.keys) if choice.keys is None else choice.keys,
         take(group.values) if choice.values is None else choice.values,
         take(group.positions),
-        dict(choice.slot_state),
+        {name: take(state) for name, state in group.slot_state.items()} | choice.slot_state,
     )
 
 

@@ -62,6 +62,9 @@ class PrefillView:
         rows: which rows of the batch these are.
         slot_state: the policy's own per-entry tensors, [b, K, N, ...].
         row_state: the policy's own per-row tensors, [b, ...].
+        shared: the policy's own memory between the layers of one prompt.
+
+    ``observe_prompt`` gets the same view during the prompt; ``queries`` are then the forward's own.
     """
 
     layer: int
@@ -76,6 +79,7 @@ class PrefillView:
     rows: tuple[int, ...]
     slot_state: dict[str, Tensor] = field(default_factory=dict)
     row_state: dict[str, Tensor] = field(default_factory=dict)
+    shared: dict[str, Any] = field(default_factory=dict)
 
     @property
     def length(self) -> int:
@@ -90,7 +94,8 @@ class Selection:
     Args:
         index: entries to keep, int64 [b, K, C], ascending along C (so positions stay sorted).
         keys, values: replacements for the gathered entries (merged or re-positioned), [b, K, C, D].
-        slot_state: per-entry tensors aligned with the kept entries, [b, K, C, ...].
+        slot_state: per-entry tensors aligned with the kept entries, [b, K, C, ...]; those the view
+            showed are gathered by ``index`` without being named here.
         row_state: per-row tensors, [b, ...].
     """
 
@@ -102,8 +107,30 @@ class Selection:
 
 
 @dataclass(frozen=True, slots=True)
+class RevisionView:
+    """Show what one row holds in the layers done so far, right after ``layer`` was compressed.
+
+    Args:
+        lengths: entries the row holds in layers 0 … ``layer``.
+        slot_state: per layer, the policy's per-entry tensors, [1, K, N, ...].
+        shared: the policy's own memory between the layers of one prompt.
+    """
+
+    layer: int
+    layers: int
+    row: int
+    lengths: tuple[int, ...]
+    slot_state: tuple[dict[str, Tensor], ...]
+    turn: int
+    shared: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
 class DecodeView:
     """Show one layer right after a decode step's attention, whole batch, N physical slots.
+
+    A prompt is stored in the order of its positions; after that an entry keeps its slot until it is
+    released, and the next token takes the released slot.
 
     Args:
         queries: the step's queries, [B, H, 1, D].
@@ -166,6 +193,12 @@ class CachePolicy(BudgetAllocator):
 
     The allowance then follows all tokens seen, unless decode holds rows at their first one.
     """
+    observes_prompt: bool = False
+    """Whether ``observe_prompt`` sees every forward of a prompt, with all its queries."""
+    observes_decode: bool = False
+    """Whether ``observe_step`` sees every decode step."""
+    revises: bool = False
+    """Whether ``select`` sets its own number of entries and ``revise`` may shrink layers later."""
 
     def bind(self, facts: ModelFacts) -> None:
         """Check that the model fits the method; raise ``UnsupportedError`` if it does not."""
@@ -183,6 +216,21 @@ class CachePolicy(BudgetAllocator):
 
         ``None`` keeps everything.
         """
+
+    def observe_prompt(self, view: PrefillView) -> dict[str, Tensor]:
+        """Return the per-entry state after one forward of the prompt, [b, K, N, ...] per name.
+
+        New entries come with a zero state (no state at all in the first forward).
+        """
+        raise NotImplementedError(f"{type(self).__name__} sets observes_prompt without the method")
+
+    def observe_step(self, view: DecodeView) -> dict[str, Tensor]:
+        """Return the per-entry state after a decode step, [B, K, N, ...] per name."""
+        raise NotImplementedError(f"{type(self).__name__} sets observes_decode without the method")
+
+    def revise(self, view: RevisionView) -> dict[int, Selection]:
+        """Choose what earlier layers give up of one row: layer rank → the entries that stay."""
+        raise NotImplementedError(f"{type(self).__name__} sets revises without the method")
 
     def release(self, view: DecodeView) -> Release:
         """Choose the slot that each row over its allowance gives up after a decode step."""

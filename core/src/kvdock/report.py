@@ -90,13 +90,14 @@ def make_report(
             raise AccountingError(
                 f"layer {index} holds {held} bytes ({store.storage.live} entries per row), the"
                 f" formula of {'+'.join(cache.plan.methods)} predicts {expected}"
-                f" ({store.ledger.live}). This is a defect of the method or the core: please report it."
+                f" ({store.ledger.live}). This is a defect of the method or the core: please"
+                " report it."
             )
-        layers.append(LayerReport(index, layer.columns, slots, held))
+        layers.append(LayerReport(index, store.columns, slots, held))
         predicted += held if store.open else expected
-        full += rows_heads * entry * layer.columns
+        full += rows_heads * entry * store.columns
         state += store.storage.state_nbytes
-        state += sum(tensor.untyped_storage().nbytes() for tensor in store.row_state.values())
+        state += sum(tensor.untyped_storage().nbytes() for tensor in store.views.row_state.values())
     held_total = held_bytes(cache)
     return Report(
         methods=cache.plan.methods,

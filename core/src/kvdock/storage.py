@@ -79,6 +79,10 @@ class KVStorage(ABC):
         """Empty one slot [B, K] in each row that is ``over``; the next step overwrites it."""
 
     @abstractmethod
+    def put_state(self, states: dict[str, Tensor], row: int | None = None) -> None:
+        """Write the policy's per-entry tensors [b, K, N, ...] of one row, or of all."""
+
+    @abstractmethod
     def row(self, index: int) -> RowGroup:
         """Return one row's live entries in the order of their positions."""
 

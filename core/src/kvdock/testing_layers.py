@@ -1,4 +1,4 @@
-"""Drive one layer with random states, as a model's attention would: for tests against an oracle.
+"""Drive layers with random states, as a model's attention would: for tests against an oracle.
 
 Shapes: B rows, H query heads, K key/value heads, T columns, D head_dim.
 """
@@ -16,26 +16,86 @@ from kvdock.layer import LayerStore
 from kvdock.layout import BatchLayout
 from kvdock.plan import DockPlan
 from kvdock.policy import AttentionParams, CachePolicy, ModelFacts
+from kvdock.rope import Rotate
+from kvdock.session import Session
 
 States = tuple[Tensor, Tensor, Tensor]
 
 
-def layer_stores(policy: CachePolicy, budget: int | str, layers: int = 1) -> list[LayerStore]:
-    """Return the empty stores of a model of ``layers`` layers under one policy."""
-    facts = ModelFacts(layers, None)
-    policy.bind(facts)
-    plan = DockPlan(
-        methods=(type(policy).__name__,),
-        cache_policy=policy,
-        attention_policy=None,
-        budget=Budget.parse(budget),
-        backend=ReferenceBackend(),
-        fallback=ReferenceBackend(),
-        facts=facts,
-        config=None,
-        managed=tuple(range(layers)),
-    )
-    return [LayerStore(plan, rank) for rank in range(layers)]
+class LayerDriver:
+    """Run prompts and decode steps through the core's layers under one policy, without a model."""
+
+    def __init__(self, policy: CachePolicy, budget: int | str, layers: int = 1) -> None:
+        facts = ModelFacts(layers, None)
+        policy.bind(facts)
+        policy.check_budget(Budget.parse(budget))
+        plan = DockPlan(
+            methods=(type(policy).__name__,),
+            cache_policy=policy,
+            attention_policy=None,
+            budget=Budget.parse(budget),
+            backend=ReferenceBackend(),
+            fallback=ReferenceBackend(),
+            facts=facts,
+            config=None,
+            managed=tuple(range(layers)),
+        )
+        self.session = Session(plan)
+        self._mask: Tensor | None = None
+
+    def store(self, layer: int = 0) -> LayerStore:
+        """Return one layer."""
+        return self.session.stores[layer]
+
+    def prompt(
+        self,
+        *states: States,
+        lengths: Sequence[int] | None = None,
+        chunks: Sequence[int] | None = None,
+    ) -> list[Tensor]:
+        """Feed a first or later prompt; return every layer's output, [B, T, H, D].
+
+        Args:
+            states: q [B, H, T, D], k and v [B, K, T, D] of every layer.
+            lengths: real tokens per row, padded on the left; all columns when None.
+            chunks: columns per forward; one forward when None.
+        """
+        batch, _, columns, _ = states[0][0].shape
+        first = columns - torch.tensor(lengths or [columns] * batch)
+        mask = torch.arange(columns) >= first[:, None]
+        seen = 0 if self._mask is None else self._mask.shape[1]
+        self._mask = mask if self._mask is None else torch.cat([self._mask, mask], dim=1)
+        self.session.begin_turn(seen + columns)
+        pieces, start = [], 0
+        for size in chunks or [columns]:
+            pieces.append(self._forward(states, slice(start, start + size), seen + start))
+            start += size
+        return [torch.cat(outputs, dim=1) for outputs in zip(*pieces, strict=True)]
+
+    def step(self, *states: States) -> list[Tensor]:
+        """Decode one token per row; ``states`` and outputs are those of `prompt` with T = 1."""
+        assert self._mask is not None
+        seen = self._mask.shape[1]
+        self._mask = torch.cat([self._mask, torch.ones_like(self._mask[:, :1])], dim=1)
+        return self._forward(states, slice(0, 1), seen)
+
+    def _forward(self, states: Sequence[States], part: slice, seen: int) -> list[Tensor]:
+        assert self._mask is not None
+        columns = part.stop - part.start
+        mask = self._mask[:, : seen + columns]
+        layout = BatchLayout(mask, mask.shape[0], columns, seen)
+        params = AttentionParams(states[0][0].shape[-1] ** -0.5)
+        return [
+            self.session.attend(layer, q[:, :, part], k[:, :, part], v[:, :, part], layout, params)
+            for layer, (q, k, v) in enumerate(states)
+        ]
+
+    def kept(self, layer: int = 0) -> list[list[list[int]]]:
+        """Return the kept positions per row and key/value head; empty slots are left out."""
+        return [
+            [[position for position in head if position >= 0] for head in row]
+            for row in self.store(layer).storage.kept_positions().tolist()
+        ]
 
 
 def random_states(
@@ -48,49 +108,3 @@ def random_states(
         for heads in (kv_heads * group, kv_heads, kv_heads)
     )
     return q, k, v
-
-
-def feed(
-    store: LayerStore,
-    states: States,
-    *,
-    lengths: Sequence[int] | None = None,
-    chunks: Sequence[int] | None = None,
-    turn: int = 0,
-    past: Tensor | None = None,
-) -> Tensor:
-    """Feed one prompt and return the attention's output, [B, T, H, D].
-
-    Args:
-        lengths: real tokens per row, padded on the left; all columns when None.
-        chunks: columns per forward; one forward when None.
-        past: bool [B, seen], the mask of the columns of earlier turns.
-    """
-    q, k, v = states
-    rows, _, columns, head_dim = q.shape
-    first = columns - torch.tensor(lengths or [columns] * rows)
-    mask = torch.arange(columns) >= first[:, None]
-    seen = 0 if past is None else past.shape[1]
-    if past is not None:
-        mask = torch.cat([past, mask], dim=1)
-    params, start = AttentionParams(head_dim**-0.5), 0
-    outputs: list[Tensor] = []
-    for size in chunks or [columns]:
-        stop = start + size
-        layout = BatchLayout(mask[:, : seen + stop], rows, size, seen + start)
-        part = slice(start, stop)
-        output = store.extend(
-            q[:, :, part], k[:, :, part], v[:, :, part], layout, params,
-            turn=turn, last=stop == columns, prompt_columns=seen + columns,
-        )  # fmt: skip
-        outputs.append(output)
-        start = stop
-    return torch.cat(outputs, dim=1)
-
-
-def kept(store: LayerStore) -> list[list[list[int]]]:
-    """Return the kept positions per row and key/value head; empty slots are left out."""
-    return [
-        [[position for position in head if position >= 0] for head in row]
-        for row in store.storage.kept_positions().tolist()
-    ]
