@@ -16,17 +16,29 @@ from kvdock.layer import LayerStore
 from kvdock.layout import BatchLayout
 from kvdock.plan import DockPlan
 from kvdock.policy import AttentionParams, CachePolicy, ModelFacts
-from kvdock.rope import Rotate
 from kvdock.session import Session
 
 States = tuple[Tensor, Tensor, Tensor]
 
 
 class LayerDriver:
-    """Run prompts and decode steps through the core's layers under one policy, without a model."""
+    """Run prompts and decode steps through the core's layers under one policy, without a model.
 
-    def __init__(self, policy: CachePolicy, budget: int | str, layers: int = 1) -> None:
-        facts = ModelFacts(layers, None)
+    Args:
+        rotate: turns cached keys, see `ModelFacts`; a policy that moves keys needs it.
+        params: what the model passes to attention; a scale of 1/√D when None.
+    """
+
+    def __init__(
+        self,
+        policy: CachePolicy,
+        budget: int | str,
+        layers: int = 1,
+        *,
+        rotate: Rotate | None = None,
+        params: AttentionParams | None = None,
+    ) -> None:
+        facts = ModelFacts(layers, rotate)
         policy.bind(facts)
         policy.check_budget(Budget.parse(budget))
         plan = DockPlan(
@@ -41,6 +53,7 @@ class LayerDriver:
             managed=tuple(range(layers)),
         )
         self.session = Session(plan)
+        self._params = params
         self._mask: Tensor | None = None
 
     def store(self, layer: int = 0) -> LayerStore:
@@ -84,7 +97,7 @@ class LayerDriver:
         columns = part.stop - part.start
         mask = self._mask[:, : seen + columns]
         layout = BatchLayout(mask, mask.shape[0], columns, seen)
-        params = AttentionParams(states[0][0].shape[-1] ** -0.5)
+        params = self._params or AttentionParams(states[0][0].shape[-1] ** -0.5)
         return [
             self.session.attend(layer, q[:, :, part], k[:, :, part], v[:, :, part], layout, params)
             for layer, (q, k, v) in enumerate(states)
