@@ -16,6 +16,7 @@ from kvdock.layer import LayerStore
 from kvdock.layout import BatchLayout
 from kvdock.plan import DockPlan
 from kvdock.policy import AttentionParams, CachePolicy, ModelFacts
+from kvdock.rope import Rotate
 from kvdock.session import Session
 
 States = tuple[Tensor, Tensor, Tensor]
