@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from . import oracle
-from .harness import kept, make_store, prefill, states
+from .harness import make_layer, states
 
 CASES = 288
 GROUPS, HEAD_DIMS, KERNELS = (1, 3, 4, 8), (64, 96, 128), (1, 5, 7)
@@ -96,7 +96,7 @@ def draw(case):
     """Draw states until float32 can decide every choice; returns them with the expectation."""
     for attempt in range(20):
         q, k, v = states(
-            case.seed + 1000 * attempt, batch=len(case.lengths), kv_heads=case.kv_heads,
+            case.seed + 1000 * attempt, rows=len(case.lengths), kv_heads=case.kv_heads,
             group=case.group, columns=case.columns, head_dim=case.head_dim,
             sharpness=(0.3, 1.0, 2.0)[case.seed % 3],
         )  # fmt: skip
@@ -110,10 +110,10 @@ def draw(case):
 def test_kept_positions_equal_the_oracle(seed):
     case = make_case(seed)
     q, k, v, rows = draw(case)
-    store = make_store(case.budget, window=case.window, kernel=case.kernel, pooling=case.pooling)
-    prefill(store, q, k, v, lengths=list(case.lengths), chunks=case.chunks)
-    assert kept(store) == rows
-    assert_entries(store, case, k, v, rows)
+    layer = make_layer(case.budget, window=case.window, kernel=case.kernel, pooling=case.pooling)
+    layer.prompt((q, k, v), lengths=case.lengths, chunks=case.chunks)
+    assert layer.kept() == rows
+    assert_entries(layer.store(), case, k, v, rows)
 
 
 def assert_entries(store, case, k, v, rows):
