@@ -1,18 +1,10 @@
-"""Run a docked tiny model, or one bare layer of the core, step by step.
-
-Shapes: B rows, H query heads, K key/value heads, T columns, D head_dim.
-"""
+"""Run a docked tiny model, or one bare layer of the core, step by step."""
 
 import torch
 
 import kvdock
-from kvdock.budget import Budget
-from kvdock.kernels.reference import ReferenceBackend
-from kvdock.layer import LayerStore
-from kvdock.layout import BatchLayout
-from kvdock.plan import DockPlan
-from kvdock.policy import AttentionParams, ModelFacts
 from kvdock.rope import make_rotation
+from kvdock.testing_layers import LayerDriver
 from kvdock.testing_models import tiny_model
 from kvdock_streamingllm.options import StreamingLLMOptions
 from kvdock_streamingllm.policy import StreamingLLMPolicy
@@ -36,43 +28,16 @@ def make_model(family="llama", *, layers=1, rope="default", **overrides):
     return tiny_model(family, num_hidden_layers=layers, rope_parameters=parameters, **overrides)
 
 
-def make_store(budget, *, rotate=None, **options):
-    """Return one layer of the core with the policy, without a model around it."""
+def make_layer(budget, *, rotate=None, **options):
+    """Return the policy on one layer of the core, without a model around it."""
     policy = StreamingLLMPolicy(StreamingLLMOptions(**options))
-    facts = ModelFacts(1, rotate)
-    policy.bind(facts)
-    plan = DockPlan(
-        methods=("streamingllm",),
-        cache_policy=policy,
-        attention_policy=None,
-        budget=Budget.parse(budget),
-        backend=ReferenceBackend(),
-        fallback=ReferenceBackend(),
-        facts=facts,
-        config=None,
-        managed=(0,),
-    )
-    return LayerStore(plan, 0)
+    return LayerDriver(policy, budget, rotate=rotate)
 
 
 def rotation(head_dim):
     """Return the core's rotation of cached keys for a plain RoPE of base 10000."""
     rotate, _ = make_rotation(make_model(head_dim=head_dim), (0,))
     return rotate
-
-
-def prefill(store, q, k, v):
-    """Feed a whole prompt without padding."""
-    layout = BatchLayout(None, q.shape[0], q.shape[2], 0)
-    return store.extend(
-        q, k, v, layout, AttentionParams(q.shape[-1] ** -0.5),
-        turn=0, last=True, prompt_columns=q.shape[2],
-    )  # fmt: skip
-
-
-def step(store, q, k, v):
-    """Feed one token per row."""
-    return store.step(q, k, v, AttentionParams(q.shape[-1] ** -0.5))
 
 
 def attach(model, budget, **options):
@@ -108,11 +73,11 @@ class Batch:
 
 
 def held(source, layer=0):
-    """Return the positions a dock's layer (or a bare one) holds per row; its heads must agree."""
-    bare = isinstance(source, LayerStore)
-    positions = source.storage.kept_positions() if bare else source.kept_positions(layer)
+    """Return the positions a dock (or a bare layer) holds per row; all heads must agree."""
+    bare = isinstance(source, LayerDriver)
+    positions = source.kept() if bare else source.kept_positions(layer).tolist()
     rows = []
-    for heads in positions.tolist():
+    for heads in positions:
         assert all(head == heads[0] for head in heads)
         rows.append([position for position in heads[0] if position >= 0])
     return rows

@@ -8,7 +8,7 @@ from kvdock.errors import BudgetError, OptionError
 from kvdock_streamingllm.options import StreamingLLMOptions
 from kvdock_streamingllm.policy import StreamingLLMPolicy
 
-from .harness import Batch, attach, held, make_model, make_store, prefill, rotation, step, tokens
+from .harness import Batch, attach, held, make_layer, make_model, rotation, tokens
 from .oracle import kept
 
 BOTH = pytest.mark.parametrize("positions", ["cache", "original"])
@@ -28,11 +28,11 @@ def rotate():
 @pytest.mark.parametrize("sinks", [0, 1, 4, 11])
 @pytest.mark.parametrize("prompt", [1, 3, 11, 12, 13, 40])
 def test_one_layer_at_every_step(rotate, positions, sinks, prompt):
-    slots, store = 12, make_store(12, rotate=rotate, sinks=sinks, positions=positions)
-    prefill(store, *torch.randn(3, 2, 2, prompt, 8))
+    slots, layer = 12, make_layer(12, rotate=rotate, sinks=sinks, positions=positions)
+    layer.prompt(tuple(torch.randn(3, 2, 2, prompt, 8)))
     for seen in range(prompt, prompt + 3 * slots):
-        assert held(store) == [kept(seen, slots, sinks)] * 2
-        step(store, *torch.randn(3, 2, 2, 1, 8))
+        assert held(layer) == [kept(seen, slots, sinks)] * 2
+        layer.step(tuple(torch.randn(3, 2, 2, 1, 8)))
 
 
 @BOTH

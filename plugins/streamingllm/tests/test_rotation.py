@@ -7,7 +7,7 @@ import torch
 
 from kvdock.errors import UnsupportedError
 
-from .harness import Batch, attach, held, make_model, make_store, prefill, rotation, step, tokens
+from .harness import Batch, attach, held, make_layer, make_model, rotation, tokens
 from .oracle import NaiveLayer, NaiveModel, kept, rope
 
 BOTH = pytest.mark.parametrize("positions", ["cache", "original"])
@@ -29,7 +29,7 @@ def test_the_core_rotates_cached_keys_as_the_formula_says():
 def test_one_layer_by_hand(positions, sinks, prompt, slots):
     """Raw states in, the same outputs out: at each of 3C steps C + 1 entries are attended."""
     head_dim, group = 16, 2
-    store = make_store(slots, rotate=rotation(head_dim), sinks=sinks, positions=positions)
+    layer = make_layer(slots, rotate=rotation(head_dim), sinks=sinks, positions=positions)
     naive = NaiveLayer(slots, sinks, positions, rope)
     generator = torch.Generator().manual_seed(prompt)
 
@@ -41,15 +41,15 @@ def test_one_layer_by_hand(positions, sinks, prompt, slots):
     def compare(feed, count, seen):
         q, k, v = draw(count)
         at = range(seen, seen + count)
-        output = feed(store, rope(q, at)[None].float(), rope(k, at)[None].float(), v[None])
+        (output,) = feed((rope(q, at)[None].float(), rope(k, at)[None].float(), v[None]))
         wanted = naive.forward(q.double(), k.double(), v.double(), head_dim**-0.5)
         found = output[0].transpose(0, 1).double()
         assert torch.allclose(found, wanted, **CLOSE), (found - wanted).abs().max()
 
-    compare(prefill, prompt, 0)
+    compare(layer.prompt, prompt, 0)
     for seen in range(prompt, prompt + 3 * slots):
-        assert held(store) == [naive.held]
-        compare(step, 1, seen)
+        assert held(layer) == [naive.held]
+        compare(layer.step, 1, seen)
 
 
 def run_both(model, slots, positions, *, sinks=4, prompt=30, turns=(1,) * 16):
@@ -180,15 +180,15 @@ def test_a_text_within_the_budget_is_the_full_cache(positions, prompt):
 def test_bfloat16_sinks_do_not_drift(positions):
     """Sinks are turned from their original keys: the error does not grow with the steps."""
     head_dim, slots = 16, 8
-    store = make_store(slots, rotate=rotation(head_dim), positions=positions)
+    layer = make_layer(slots, rotate=rotation(head_dim), positions=positions)
     raw = torch.randn(2, 20, head_dim)
     keys = rope(raw, range(20))[None].bfloat16()
-    prefill(store, torch.randn(1, 2, 20, head_dim).bfloat16(), keys, keys)
+    layer.prompt((torch.randn(1, 2, 20, head_dim).bfloat16(), keys, keys))
     for _ in range(200):
-        step(store, *torch.randn(3, 1, 2, 1, head_dim).bfloat16())
+        layer.step(tuple(torch.randn(3, 1, 2, 1, head_dim).bfloat16()))
     evicted = 220 - slots if positions == "cache" else 0
     wanted = rope(raw[:, :4], [j + evicted for j in range(4)])
-    found = store.storage.row(0).keys[0, :, :4].double()
+    found = layer.store().storage.row(0).keys[0, :, :4].double()
     assert torch.allclose(found, wanted, rtol=0.02, atol=0.03)
 
 
