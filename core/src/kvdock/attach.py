@@ -78,7 +78,8 @@ class Dock:
             raise UnsupportedError(
                 f"layer {layer} is not managed; managed layers are {list(self.plan.managed)}."
             )
-        return cache.layers[layer].store.storage.kept_positions()
+        docked = cache.docked[self.plan.managed.index(layer)]
+        return docked.store.storage.kept_positions()
 
     def detach(self) -> None:
         """Give the model back as it was found; a second call does nothing."""

@@ -48,9 +48,7 @@ class DockLayer(CacheLayerMixin):
         """Mark the layer ready; memory is allocated where the tokens are stored."""
         self.is_initialized = True
 
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[KVHandle, KVHandle]:  # type: ignore[override]
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Return a handle twice; the attention function takes the states from it."""
         if not self.session.plan.attached:
             raise UnsupportedError(
@@ -126,7 +124,7 @@ class DockCache(Cache):
     @property
     def docked(self) -> list[DockLayer]:
         """Return the managed layers, in order."""
-        return [self.layers[index] for index in self.plan.managed]
+        return [layer for layer in self.layers if isinstance(layer, DockLayer)]
 
     def end_prefill(self) -> None:
         """Mark the end of the prompt; layers still uncompressed are compressed now."""

@@ -143,7 +143,7 @@ class PlainHandle:
 class SlidingLayer(DynamicSlidingWindowLayer):
     """Store what transformers stores for a sliding window; only the hand-over differs."""
 
-    def update(self, *args: Any, **kwargs: Any) -> tuple[PlainHandle, PlainHandle]:
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Return the stored states in a handle, twice."""
-        handle = PlainHandle(*super().update(*args, **kwargs))
+        handle = PlainHandle(*super().update(key_states, value_states, *args, **kwargs))
         return handle, handle

@@ -56,7 +56,7 @@ class PrefillEnd(LogitsProcessor):
         self.calls = 0
         self.bytes_after_prefill: int | None = None
 
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # type: ignore[override]
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Return the scores untouched."""
         if self.calls == 0:
             self.cache.end_prefill()

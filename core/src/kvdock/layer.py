@@ -88,31 +88,24 @@ class LayerStore:
         params: AttentionParams,
     ) -> Tensor:
         """Attend over a prompt that came in one forward, without storing what will be dropped."""
-        spans = layout.spans
         policy = self.plan.cache_policy
-        if spans is None:
+        spans = layout.row_spans
+        groups = [((s.row,), s.take(query), s.take(key), s.take(value)) for s in spans]
+        if layout.spans is None:
             output = self.plan.prefill(query, key, value, params, self.rank)
-            groups = [(tuple(range(layout.batch)), query, key, value)]
-            if policy is not None and policy.revises:  # rows may come to hold different numbers
-                rows = [tuple(x[i : i + 1] for x in (query, key, value)) for i in groups[0][0]]
-                groups = [((i,), *row) for i, row in enumerate(rows)]
+            if policy is None or not policy.revises:  # all rows hold the same number of entries
+                groups = [(tuple(range(layout.batch)), query, key, value)]
         else:
-            rows = [(span.take(query), span.take(key), span.take(value)) for span in spans]
             output = _zeros(query, value)
-            real = [row for row, span in zip(rows, spans, strict=True) if span.count]
+            real = [group[1:] for group, span in zip(groups, spans, strict=True) if span.count]
             self.plan.prefill_ragged(real, layout, output, params, self.rank)
-            groups = [((span.row,), *row) for span, row in zip(spans, rows, strict=True)]
         for indices, q, k, v in groups:
             n = k.shape[2]
             position = torch.arange(n, device=k.device).expand(k.shape[0], k.shape[1], n)
             group = RowGroup(indices, k, v, position)
             if policy is not None and policy.observes_prompt:
-                group = replace(
-                    group,
-                    slot_state=policy.observe_prompt(
-                        self.views.prompt(group, q, self.ledger, params)
-                    ),
-                )
+                view = self.views.prompt(group, q, self.ledger, params)
+                group = replace(group, slot_state=policy.observe_prompt(view))
             self._waiting.append((group, q))
         return output
 

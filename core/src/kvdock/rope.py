@@ -65,7 +65,7 @@ def _attention_modules(model: nn.Module) -> dict[int, Any]:
 
 def _layer_type(module: Any) -> str:
     kind = getattr(module, "layer_type", None)
-    return kind if kind is not None else module.config.layer_types[module.layer_idx]
+    return str(kind if kind is not None else module.config.layer_types[module.layer_idx])
 
 
 def _scaling(rotary: Any, extra: tuple[str, ...]) -> float:

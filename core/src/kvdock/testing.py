@@ -54,7 +54,7 @@ class Case:
         )
 
 
-def generate(model: PreTrainedModel, batch: dict[str, Tensor], **kwargs: Any) -> Tensor:
+def generate(model: Any, batch: dict[str, Tensor], **kwargs: Any) -> Tensor:
     """Return the greedy continuation, [B, NEW]."""
     settings = {"max_new_tokens": NEW, "do_sample": False, **kwargs}
     output: Tensor = model.generate(**batch, **settings)
@@ -254,4 +254,4 @@ def _prompt_bytes(model: PreTrainedModel, lengths: tuple[int, ...]) -> int:
     """Return the bytes of every real token's keys and values, rows as long as the longest."""
     config = model.config
     entry = 2 * config.head_dim * config.num_key_value_heads * 4
-    return entry * config.num_hidden_layers * len(lengths) * max(lengths)
+    return int(entry * config.num_hidden_layers * len(lengths) * max(lengths))

@@ -39,13 +39,13 @@ def tiny_model(family: str, *, seed: int = 0, **overrides: Any) -> PreTrainedMod
     config = AutoConfig.for_model(family, **{**_SMALL, **_FAMILY.get(family, {}), **overrides})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         for name, parameter in model.named_parameters():
             if "norm" in name:
                 torch.nn.init.uniform_(parameter, 0.5, 1.5)
             elif parameter.dim() > 1:
                 torch.nn.init.normal_(parameter, std=0.2)
-    return model.eval()
+        return model.eval()
 
 
 def left_padded(

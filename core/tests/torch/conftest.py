@@ -4,14 +4,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+
+import kvdock
 from kvdock.errors import BudgetError
 from kvdock.kernels import choose_backend
 from kvdock.kernels.selection import top_positions
 from kvdock.kernels.window_scores import window_votes
 from kvdock.policy import AttentionPolicy, CachePolicy, Release, Selection
 from kvdock.testing_models import left_padded, tiny_model
-
-import kvdock
 
 
 class Votes(CachePolicy):

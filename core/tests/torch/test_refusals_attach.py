@@ -5,14 +5,6 @@ import importlib.util
 
 import pytest
 import torch
-from kvdock.errors import (
-    BudgetError,
-    CompositionError,
-    OptionError,
-    UnknownMethodError,
-    UnsupportedError,
-)
-from kvdock.testing_models import tiny_model
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -21,10 +13,17 @@ from transformers import (
     T5Config,
     T5ForConditionalGeneration,
 )
-
 from transformers.modeling_utils import AttentionInterface
 
 import kvdock
+from kvdock.errors import (
+    BudgetError,
+    CompositionError,
+    OptionError,
+    UnknownMethodError,
+    UnsupportedError,
+)
+from kvdock.testing_models import tiny_model
 
 
 class Isolated(PreTrainedModel):

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from kvdock.errors import UnsupportedError
-from kvdock.testing_models import tiny_model
 from transformers import DynamicCache, GenerationConfig, StaticCache
 
 import kvdock
+from kvdock.errors import UnsupportedError
+from kvdock.testing_models import tiny_model
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*return_dict_in_generate.*:UserWarning")
 

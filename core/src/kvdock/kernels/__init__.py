@@ -18,8 +18,10 @@ class DenseBackend(Protocol):
     """Compute causal attention of clean rows, the last query aligned with the last key."""
 
     name: str
-    ragged: Callable[[Rows, AttentionParams], list[Tensor]] | None
-    """All rows of a padded batch in one call, or None where the kernel has no such form."""
+
+    @property
+    def ragged(self) -> Callable[[Rows, AttentionParams], list[Tensor]] | None:
+        """Attend for all rows of a padded batch in one call; None where there is no such kernel."""
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, params: AttentionParams) -> Tensor:
         """Map [b, H, Q, D], [b, K, N, D], [b, K, N, D] to [b, Q, H, D], contiguous."""
@@ -83,7 +85,8 @@ def choose_backend(
     """
     if requested is None:
         name = FROM_TRANSFORMERS.get(previous, "sdpa")
-        return _load(name, device, dtype) or _sdpa(device, dtype)
+        own = _load(name, device, dtype)
+        return _sdpa(device, dtype) if own is None else own
     if requested == "auto":
         found = (_load(name, device, dtype) for name in FASTEST_FIRST)
         return next(backend for backend in found if backend is not None)
@@ -115,7 +118,7 @@ def probe_backends() -> list[tuple[str, bool, str]]:
     return rows
 
 
-def _load(name: str, device: torch.device, dtype: torch.dtype) -> Any:
+def _load(name: str, device: torch.device, dtype: torch.dtype) -> DenseBackend | None:
     try:
         return BACKENDS[name](device, dtype)
     except Exception:  # not installed, or broken: the caller takes the next one

@@ -26,8 +26,9 @@ def attend_slots(
     batch, heads, _, head_dim = query.shape
     kv_heads = key.shape[1]
     if valid is None:
-        gqa = {"enable_gqa": True} if heads != kv_heads else {}
-        output = F.scaled_dot_product_attention(query, key, value, scale=params.scaling, **gqa)
+        output = F.scaled_dot_product_attention(
+            query, key, value, scale=params.scaling, enable_gqa=heads != kv_heads
+        )
         return output.transpose(1, 2).contiguous()
     # The group becomes the query length, so a masked step needs no repeated keys.
     output = F.scaled_dot_product_attention(

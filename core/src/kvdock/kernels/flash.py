@@ -70,4 +70,5 @@ def _cumulative(lengths: list[int], device: torch.device) -> Tensor:
 
 def _output(output: Any) -> Tensor:
     """Return the attention output; flash-attn-4 returns it beside the log-sum-exp."""
-    return output[0] if isinstance(output, tuple) else output
+    states: Tensor = output[0] if isinstance(output, tuple) else output
+    return states

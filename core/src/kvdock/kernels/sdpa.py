@@ -41,9 +41,14 @@ def _sdpa(
     is_causal: bool = False,
     mask: Tensor | None = None,
 ) -> Tensor:
-    gqa = {"enable_gqa": True} if query.shape[1] != key.shape[1] else {}
     return F.scaled_dot_product_attention(
-        query, key, value, attn_mask=mask, scale=params.scaling, is_causal=is_causal, **gqa
+        query,
+        key,
+        value,
+        attn_mask=mask,
+        is_causal=is_causal,
+        scale=params.scaling,
+        enable_gqa=query.shape[1] != key.shape[1],
     )
 
 
