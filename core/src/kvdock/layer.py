@@ -90,6 +90,7 @@ class LayerStore:
         """Attend over a prompt that came in one forward, without storing what will be dropped."""
         policy = self.plan.cache_policy
         spans = layout.row_spans
+        groups: list[tuple[tuple[int, ...], Tensor, Tensor, Tensor]]
         groups = [((s.row,), s.take(query), s.take(key), s.take(value)) for s in spans]
         if layout.spans is None:
             output = self.plan.prefill(query, key, value, params, self.rank)

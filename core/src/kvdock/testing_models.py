@@ -45,7 +45,8 @@ def tiny_model(family: str, *, seed: int = 0, **overrides: Any) -> PreTrainedMod
                 torch.nn.init.uniform_(parameter, 0.5, 1.5)
             elif parameter.dim() > 1:
                 torch.nn.init.normal_(parameter, std=0.2)
-        return model.eval()
+        model.eval()
+        return model
 
 
 def left_padded(
