@@ -21,11 +21,12 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import kvdock
 import torch
 import transformers
-from kvdock.layer import LayerStore
 from transformers import LlamaConfig, LlamaForCausalLM, LogitsProcessor, LogitsProcessorList
+
+import kvdock
+from kvdock.layer import LayerStore
 
 GIB = 2**30
 

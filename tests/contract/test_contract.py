@@ -1,6 +1,7 @@
 """Every installed method keeps the contract on every model family."""
 
 import pytest
+
 from kvdock import available
 from kvdock.testing import CHECKS, FAMILIES, Case
 
