@@ -12,30 +12,25 @@ import argparse
 import gc
 import itertools
 import json
-import os
-import platform
 import statistics
-import subprocess
-import sys
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
+from measure import GIB, environment, event
 from transformers import LlamaConfig, LlamaForCausalLM, LogitsProcessor, LogitsProcessorList
 
 import kvdock
 from kvdock.layer import LayerStore
-
-GIB = 2**30
 
 
 def main() -> None:
     """Measure, check, print a table and write the numbers."""
     args = _arguments()
     model = llama_8b(args.layers)
-    record: dict[str, Any] = {"environment": environment(args), "runs": [], "checks": []}
+    shape = f"Llama-3.1-8B, random weights, bfloat16, {args.layers} layers, sdpa"
+    record: dict[str, Any] = {"environment": environment(shape=shape), "runs": [], "checks": []}
     for length in args.lengths:
         prompt = torch.randint(10, 120_000, (args.batch, length), device="cuda")
         if length <= args.check_up_to:
@@ -76,17 +71,11 @@ class Marks(LogitsProcessor):
     """Record a CUDA event at every new token."""
 
     def __init__(self) -> None:
-        self.events = [self._now()]
-
-    @staticmethod
-    def _now() -> torch.cuda.Event:
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
+        self.events = [event()]
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Return the scores untouched."""
-        self.events.append(self._now())
+        self.events.append(event())
         return scores
 
 
@@ -163,9 +152,9 @@ class SelectionTimer:
 
     def _timed(self, function: Any) -> Any:
         def timed(*args: Any, **kwargs: Any) -> Any:
-            start = Marks._now()
+            start = event()
             result = function(*args, **kwargs)
-            self._pairs.append((start, Marks._now()))
+            self._pairs.append((start, event()))
             return result
 
         return timed
@@ -194,43 +183,6 @@ def same_logits(
         result[system] = bool(torch.equal(plain, logits))
     print("prefill logits bit-identical:", result, flush=True)
     return result
-
-
-def environment(args: argparse.Namespace) -> dict[str, Any]:
-    """Return what a reader needs to judge or repeat the numbers."""
-    commit = os.environ.get("KVDOCK_COMMIT") or _git("rev-parse", "HEAD")
-    source, target = (torch.empty(GIB, dtype=torch.uint8, device="cuda") for _ in range(2))
-    bandwidth = 2 * GIB / _milliseconds(lambda: target.copy_(source)) / 1e9
-    return {
-        "command": " ".join(sys.argv),
-        "commit": commit,
-        "gpu": torch.cuda.get_device_name(),
-        "copy_tb_per_s": round(bandwidth, 3),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-        "kvdock": kvdock.__version__,
-        "shape": f"Llama-3.1-8B, random weights, bfloat16, {args.layers} layers, sdpa",
-    }
-
-
-def _milliseconds(run: Any) -> float:
-    for _ in range(3):
-        run()
-    start = Marks._now()
-    for _ in range(10):
-        run()
-    stop = Marks._now()
-    stop.synchronize()
-    return start.elapsed_time(stop) / 10
-
-
-def _git(*arguments: str) -> str | None:
-    try:
-        done = subprocess.run(["git", *arguments], capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return done.stdout.strip()
 
 
 def print_table(runs: list[dict[str, Any]]) -> None:
