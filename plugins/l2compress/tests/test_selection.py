@@ -98,6 +98,11 @@ def test_skipped_layers_keep_every_byte():
     assert whole.nbytes == 5 * short.nbytes
 
 
+def test_only_skipped_layers_take_the_whole_prompt():
+    policy = L2CompressPolicy(L2CompressOptions())
+    assert policy.layer_slots(131072, 2048, 4) == [131072, 131072, 2048, 2048]
+
+
 def turns(lengths):
     return [random_states(seed, 1, 2, 2, length, 64) for seed, length in enumerate(lengths)]
 
