@@ -45,11 +45,14 @@ def test_official_rounding_is_level_below_twice_the_mean(tokens):
     assert slots(tokens, 2048, 32, window=32, rounding="official") == [2048] * 32
 
 
-def test_official_rounding_stops_at_the_prompt():
-    found = slots(239, 128, 32, rounding="official")  # 2 · 120 − 6 = 234 entries, but only 231
-    assert found == [128] * 32
-    found = slots(240, 128, 32, rounding="official")
-    assert (found[0], found[1], found[-1]) == (240, 233, 23)
+@pytest.mark.parametrize(
+    ("tokens", "first", "second", "last"),
+    [(240, 240, 233, 23), (241, 241, 234, 24), (242, 242, 235, 25), (243, 242, 235, 25)],
+)
+def test_official_rounding_stops_at_the_prompt(tokens, first, second, last):
+    """The first layer wants 234 entries beside its window; a shorter prompt cuts that and lifts others."""
+    found = slots(tokens, 128, 32, rounding="official")
+    assert (found[0], found[1], found[-1]) == (first, second, last)
 
 
 def test_a_prompt_just_above_the_budget_flattens_the_pyramid():
