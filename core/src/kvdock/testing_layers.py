@@ -93,6 +93,14 @@ class LayerDriver:
         self._mask = torch.cat([self._mask, torch.ones_like(self._mask[:, :1])], dim=1)
         return self._forward(states, slice(0, 1), seen)
 
+    def select_rows(self, rows: Sequence[int]) -> None:
+        """Reorder, repeat or drop rows, as beam search does between steps."""
+        assert self._mask is not None
+        index = torch.tensor(rows)
+        self._mask = self._mask[index]
+        for store in self.session.stores:
+            store.select_rows(index)
+
     def _forward(self, states: Sequence[States], part: slice, seen: int) -> list[Tensor]:
         assert self._mask is not None
         columns = part.stop - part.start
