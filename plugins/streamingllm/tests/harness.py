@@ -1,5 +1,7 @@
 """Run a docked tiny model, or one bare layer of the core, step by step."""
 
+import functools
+
 import torch
 
 import kvdock
@@ -34,6 +36,7 @@ def make_layer(budget, *, rotate=None, **options):
     return LayerDriver(policy, budget, rotate=rotate)
 
 
+@functools.cache
 def rotation(head_dim):
     """Return the core's rotation of cached keys for a plain RoPE of base 10000."""
     rotate, _ = make_rotation(make_model(head_dim=head_dim), (0,))

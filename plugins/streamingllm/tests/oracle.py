@@ -59,7 +59,7 @@ class NaiveLayer:
         attended = [*self.held, *range(self.seen, self.seen + new)]
         place = list(range(len(attended))) if self.positions == "cache" else attended
         output = attend(
-            self.rotate(query, place[-new:]),
+            self.rotate(query, place[len(place) - new :]),
             self.rotate(self.keys[:, attended], place),
             self.values[:, attended],
             scaling,
