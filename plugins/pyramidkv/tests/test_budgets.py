@@ -50,7 +50,7 @@ def test_official_rounding_is_level_below_twice_the_mean(tokens):
     [(240, 240, 233, 23), (241, 241, 234, 24), (242, 242, 235, 25), (243, 242, 235, 25)],
 )
 def test_official_rounding_stops_at_the_prompt(tokens, first, second, last):
-    """The first layer wants 234 entries beside its window; a shorter prompt cuts that and lifts others."""
+    """The first layer wants 234 entries beside its window; a short prompt moves some upwards."""
     found = slots(tokens, 128, 32, rounding="official")
     assert (found[0], found[1], found[-1]) == (first, second, last)
 

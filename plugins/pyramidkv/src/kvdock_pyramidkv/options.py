@@ -14,7 +14,7 @@ class PyramidKVOptions(Options):
     kernel: int = option(7, ge=1, symbol="k", help="pooling width along the sequence, odd")
     pooling: str = option("max", choices=("max", "avg"), help="how neighbouring votes are pooled")
     beta: float = option(
-        20.0, ge=1, symbol="β", help="steepness: the top layer gets 1/β of the mean; 1 is level"
+        20.0, ge=1, symbol="β", help="steepness: the last layer gets 1/β of the mean; 1 is level"
     )
     rounding: str = option(
         "exact",
