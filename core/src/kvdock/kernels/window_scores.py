@@ -21,7 +21,7 @@ BLOCK_BYTES = 64 * 2**20
 
 
 def window_probabilities(
-    queries: Tensor, keys: Tensor, params: AttentionParams
+    queries: Tensor, keys: Tensor, params: AttentionParams, valid: Tensor | None = None
 ) -> Iterator[tuple[slice, Tensor]]:
     """Yield ``(heads, probabilities [b, k, G, W, N])`` over slices of the key/value heads.
 
@@ -31,6 +31,7 @@ def window_probabilities(
     Args:
         queries: the last W queries, [b, H, W, D].
         keys: all keys they may see, [b, K, N, D].
+        valid: which keys count, bool [b, K, N]; all of them when None.
     """
     b, h, w, d = queries.shape
     kv_heads, n = keys.shape[1], keys.shape[2]
@@ -40,12 +41,22 @@ def window_probabilities(
     step = max(1, BLOCK_BYTES // (b * group * w * n * 4))
     for start in range(0, kv_heads, step):
         heads = slice(start, min(start + step, kv_heads))
-        logits = _product(grouped[:, heads], keys[:, heads]) * params.scaling
-        if params.softcap is not None:
-            logits = torch.tanh(logits / params.softcap) * params.softcap
-        logits = logits.view(b, -1, group, w, n)
-        logits[..., n - w :].masked_fill_(future, float("-inf"))
-        yield heads, _softmax(logits, params.sinks, heads, group)
+        # nothing but the result stays referenced here while the caller works on it
+        yield (
+            heads,
+            _softmax(
+                _logits(
+                    grouped[:, heads],
+                    keys[:, heads],
+                    params,
+                    future,
+                    None if valid is None else valid[:, heads],
+                ),
+                params.sinks,
+                heads,
+                group,
+            ),
+        )
 
 
 def window_votes(queries: Tensor, keys: Tensor, params: AttentionParams) -> Tensor:
@@ -92,6 +103,22 @@ def keep_window(view: PrefillView, *, kernel: int, pooling: str) -> Selection:
     chosen = top_positions(pooled(votes, kernel, pooling), view.slots - window)
     recent = torch.arange(prefix, view.length, device=chosen.device)
     return Selection(torch.cat([chosen, recent.expand(*chosen.shape[:-1], window)], dim=-1))
+
+
+def _logits(
+    grouped: Tensor, keys: Tensor, params: AttentionParams, future: Tensor, valid: Tensor | None
+) -> Tensor:
+    """Return the scaled, capped and masked products, float32 [b, k, G, W, N]."""
+    b, heads, rows, _ = grouped.shape
+    w, n = future.shape[0], keys.shape[2]
+    logits = _product(grouped, keys).mul_(params.scaling)
+    if params.softcap is not None:
+        logits = logits.div_(params.softcap).tanh_().mul_(params.softcap)
+    logits = logits.view(b, heads, rows // w, w, n)
+    logits[..., n - w :].masked_fill_(future, float("-inf"))
+    if valid is not None:
+        logits.masked_fill_(~valid[:, :, None, None], float("-inf"))
+    return logits
 
 
 def _product(query: Tensor, key: Tensor) -> Tensor:
