@@ -74,7 +74,7 @@ def test_every_family(family, positions):
 @BOTH
 @pytest.mark.parametrize("rope_type", ["default", "linear", "llama3", "yarn"])
 def test_every_static_rope(rope_type, positions):
-    run_both(make_model(rope=rope_type), 12, positions, turns=(1,) * 36)
+    run_both(make_model(rope=rope_type), 12, positions, turns=(1,) * 20)
 
 
 @BOTH

@@ -12,7 +12,7 @@ from kvdock.errors import BudgetError, UnsupportedError
 from kvdock.policy import CachePolicy, DecodeView, ModelFacts, PrefillView, Release, Selection
 from kvdock_streamingllm.options import StreamingLLMOptions
 
-SINKS, EVICTED = "sink_keys", "evicted"
+SINKS, EVICTED, DELTA = "sink_keys", "evicted", "delta"
 
 
 class StreamingLLMPolicy(CachePolicy):
@@ -66,7 +66,7 @@ class StreamingLLMPolicy(CachePolicy):
         if not self.moves_sinks:
             return Selection(index)
         raw = view.keys.new_zeros(b, kv_heads, self.options.sinks, head_dim)
-        raw[:, :, :sinks] = self._raw(view.keys[:, :, :sinks], view.row_state)
+        raw[:, :, :sinks] = self._raw(view.keys[:, :, :sinks], view.row_state, first < sinks)
         evicted = view.positions[:, 0, -1] + 1 - view.slots
         keys = view.keys.gather(2, index[..., None].expand(-1, -1, -1, head_dim))
         delta = evicted[:, None].expand(b, sinks)
@@ -74,33 +74,39 @@ class StreamingLLMPolicy(CachePolicy):
         return Selection(index, keys=keys, row_state={SINKS: raw, EVICTED: evicted})
 
     def release(self, view: DecodeView) -> Release:
-        """Give up the oldest entry behind the sinks and move the sinks on by one."""
-        position = view.positions.long()
-        sinks = (view.slots - 1).clamp(max=self.options.sinks)
-        last = torch.iinfo(torch.int64).max
-        oldest = position.masked_fill(position < sinks[:, None, None], last).argmin(dim=2)
-        if not self.moves_sinks:
-            return Release(oldest)
-        order = position.masked_fill(position < 0, last)
-        # A share of a short prompt may be fewer slots than sinks; the state keeps its full width.
-        count = min(self.options.sinks, order.shape[2])
-        slots = order.topk(count, dim=2, largest=False, sorted=True).indices
-        held = view.keys.gather(2, slots[..., None].expand(-1, -1, -1, view.keys.shape[3]))
-        raw = self._raw(held, view.row_state)
-        evicted = view.row_state.get(EVICTED, torch.zeros_like(view.slots)) + view.over
-        rank = torch.arange(count, device=slots.device)
-        is_sink = rank < sinks[:, None]
-        keys = self._turn(raw, evicted[:, None] * is_sink, view.layer)
-        keys = torch.where(is_sink[:, None, :, None], keys, held)
-        state = F.pad(raw, (0, 0, 0, self.options.sinks - count))
-        return Release(oldest, slots, keys, {SINKS: state, EVICTED: evicted})
+        """Give up the oldest entry behind the sinks and move the sinks on by one.
 
-    def _raw(self, held: Tensor, row_state: dict[str, Tensor]) -> Tensor:
+        Sinks never leave the first slots, and every head and layer holds the same positions.
+        """
+        kv_heads = view.keys.shape[1]
+        position = view.positions[:, 0]
+        sinks = (view.slots - 1).clamp(max=self.options.sinks)[:, None]
+        last = torch.iinfo(position.dtype).max
+        oldest = position.masked_fill(position < sinks, last).argmin(dim=1)
+        slot = oldest[:, None].expand(-1, kv_heads)
+        if not self.moves_sinks:
+            return Release(slot)
+        # A share of a short prompt may be fewer slots than sinks; the state keeps its full width.
+        count = min(self.options.sinks, view.keys.shape[2])
+        slots = torch.arange(count, device=position.device)
+        if view.layer == 0:  # one tensor for all layers, so that its angles are computed once
+            evicted = view.row_state.get(EVICTED, torch.zeros_like(view.slots)) + view.over
+            view.shared[EVICTED] = evicted
+            view.shared[DELTA] = evicted[:, None] * (slots < sinks)
+        raw = self._raw(view.keys[:, :, :count], view.row_state, slots < sinks)
+        keys = self._turn(raw, view.shared[DELTA], view.layer)
+        missing = self.options.sinks - count
+        state = {SINKS: F.pad(raw, (0, 0, 0, missing)) if missing else raw}
+        where = slots.expand(len(oldest), kv_heads, count)
+        return Release(slot, where, keys, state | {EVICTED: view.shared[EVICTED]})
+
+    def _raw(self, held: Tensor, row_state: dict[str, Tensor], is_sink: Tensor) -> Tensor:
         """Return the sinks' keys as the model made them; before an eviction they are ``held``."""
         if SINKS not in row_state:
-            return held
-        moved = (row_state[EVICTED] > 0)[:, None, None, None]
-        return torch.where(moved, row_state[SINKS][:, :, : held.shape[2]], held)
+            return held.clone()
+        moved = (row_state[EVICTED] > 0)[:, None] & is_sink
+        stored = row_state[SINKS][:, :, : held.shape[2]]
+        return torch.where(moved[:, None, :, None], stored, held)
 
     def _turn(self, raw: Tensor, delta: Tensor, layer: int) -> Tensor:
         assert self._facts is not None and self._facts.rotate is not None
