@@ -77,3 +77,39 @@ def select(a, *, kv_heads, slots, window, kernel, pooling):
         kept.append(top(scores, slots - window) + list(range(n - window, n)))
         sure = sure and clear(scores, slots - window)
     return kept, sure
+
+
+class NaiveRow:
+    """Keep one sequence's whole text and, per key/value head, the positions SnapKV holds of it."""
+
+    def __init__(self, kv_heads, **options):
+        self.keys = self.values = None
+        self.seen = 0
+        self.held = [[] for _ in range(kv_heads)]
+        self.options = options
+        self.sure = True
+
+    def copy(self):
+        """Return a row that goes on by itself."""
+        other = NaiveRow(len(self.held), **self.options)
+        other.__dict__.update(self.__dict__, held=[list(head) for head in self.held])
+        return other
+
+    def forward(self, queries, keys, values, *, scaling, slots=None):
+        """Attend with new tokens over what is held and themselves; then keep ``slots`` if given."""
+        first = self.keys is None
+        self.keys = keys if first else torch.cat([self.keys, keys], dim=1)
+        self.values = values if first else torch.cat([self.values, values], dim=1)
+        new = range(self.seen, self.seen + keys.shape[1])
+        self.seen += keys.shape[1]
+        outputs = []
+        for head, grouped in enumerate(queries.split(len(queries) // len(keys))):
+            attended = [*self.held[head], *new]
+            a = probabilities(grouped, self.keys[head, attended][None], scaling=scaling)
+            outputs.append(a @ self.values[head, attended].double())
+            self.held[head] = attended
+            if slots is not None:
+                (kept,), sure = select(a, kv_heads=1, slots=slots, **self.options)
+                self.held[head] = [attended[i] for i in kept]
+                self.sure = self.sure and sure
+        return torch.cat(outputs)
