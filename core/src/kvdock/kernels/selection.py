@@ -13,7 +13,7 @@ def top_positions(scores: Tensor, count: int) -> Tensor:
     choice is made on a 64-bit key: the score's order-preserving bits, then the lower position.
 
     Args:
-        scores: float32 [..., N], finite.
+        scores: [..., N], compared in float32; infinities are ordered too, NaN is not.
         count: how many to take, 0 ≤ count ≤ N.
 
     Returns:
@@ -22,7 +22,7 @@ def top_positions(scores: Tensor, count: int) -> Tensor:
     length = scores.shape[-1]
     if count >= length:
         return torch.arange(length, device=scores.device).expand(*scores.shape[:-1], length)
-    bits = scores.contiguous().view(torch.int32)
+    bits = (scores.float() + 0.0).contiguous().view(torch.int32)  # −0 + 0 = 0: the two are equal
     bits = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)  # negative floats order backwards
     position = torch.arange(length, device=scores.device)
     key = (bits.to(torch.int64) << 32) | (0xFFFFFFFF - position)
