@@ -56,25 +56,21 @@ def error(queries, keys, tile, given=False):
 def runs():
     """Yield (name, errors) for head dims, groups, dtypes, chunks and tiles."""
     dtypes = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-    for name, dtype in dtypes.items():
-        for seed, (head_dim, group) in enumerate(itertools.product((64, 96, 128), (1, 3))):
-            q, k = draw(seed, 1, 2, group, 37, 37, head_dim, dtype)
-            yield f"{name} D={head_dim} G={group}", error(q, k, SMALL)
-    for q_length, n in ((1, 1), (1, 40), (5, 33), (16, 48), (17, 50), (33, 34), (48, 48)):
-        q, k = draw(n, 2, 2, 2, q_length, n, 64, torch.float32)
+    for seed, (name, head_dim) in enumerate(itertools.product(dtypes, (64, 96, 128))):
+        q, k = draw(seed, 1, 1, 1 + 2 * (seed % 2), 21, 21, head_dim, dtypes[name])
+        yield f"{name} D={head_dim}", error(q, k, SMALL)
+    for q_length, n in ((1, 1), (1, 20), (5, 33), (16, 32), (17, 34)):
+        q, k = draw(n, 1, 2, 2, q_length, n, 64, torch.float32)
         yield f"{q_length} of {n}", error(q, k, SMALL)
-    q, k = draw(7, 2, 1, 8, 45, 61, 64, torch.float32)
-    for keys, queries in ((16, 32), (32, 16), (64, 16), (16, 64), (128, 128)):
+    q, k = draw(7, 2, 1, 4, 35, 51, 64, torch.float32)
+    for keys, queries in ((16, 32), (32, 16), (16, 64), (64, 64)):
         tile = Tile(keys=keys, queries=queries, warps=4, stages=2)
-        yield f"tile {keys}x{queries}", error(q, k, tile)
-        yield f"tile {keys}x{queries} lse given", error(q, k, tile, given=True)
+        yield f"tile {keys}x{queries}", error(q, k, tile, given=keys == 16)
     # what a model passes: heads and tokens transposed, so that rows are not next to each other
     q, k = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k))
-    yield "transposed", error(q, k, SMALL)
-    yield "default tile", error(q[:, :, :, :64], k, None)
-    q, k = draw(8, 1, 1, 2, 40, 40, 16, torch.float32)
+    yield "transposed, default tile", error(q, k, None)
+    q, k = draw(8, 1, 1, 2, 20, 20, 16, torch.float32)
     yield "D=16", error(q, k, SMALL)
-    yield "large logits", error(q * 50, k, SMALL)
 
 
 print(json.dumps(dict(runs())))

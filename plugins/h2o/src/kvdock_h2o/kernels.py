@@ -6,6 +6,8 @@ all keys up to their own; query r of Q stands at position N − Q + r.
 Shapes: b rows, H query heads, K key/value heads, G = H/K, Q queries, N keys, D head_dim.
 """
 
+# ruff: noqa: ANN001, ANN202  (a kernel's arguments are the compiler's values, not Python's)
+
 from __future__ import annotations
 
 import math
@@ -115,17 +117,17 @@ def _sum_rows(
     for first in range(begin, end, QUERIES):
         row = first + m
         inside = row < q_length
-        base = query_base + first.to(tl.int64) * q_row
+        base = query_base + tl.cast(first, tl.int64) * q_row
         query = _tile(base, offset, inside, d, HEAD_DIM, PADDED)
         # a query beyond the last one gets the level +inf and so the probability zero
         level = tl.load(level_base + row, mask=inside, other=float("inf"))
         if UPCAST:
             query = query.to(tl.float32)
         logits = tl.dot(key, tl.trans(query), input_precision="ieee")
-        share = tl.exp2(logits * scale - level[None, :])
+        share = logits * scale - level[None, :]
         if MASKED:
-            share = tl.where(past + row[None, :] >= n[:, None], share, 0.0)
-        total += tl.sum(share, 1)
+            share = tl.where(past + row[None, :] >= n[:, None], share, float("-inf"))
+        total += tl.sum(tl.exp2(share), 1)
     return total
 
 
@@ -178,7 +180,7 @@ def _walk_keys(
     offset = n[:, None] * k_row + d[None, :]
     for first in range(begin, end, KEYS):
         column = first + n
-        base = k_base + first.to(tl.int64) * k_row
+        base = k_base + tl.cast(first, tl.int64) * k_row
         key = _tile(base, offset, column < k_length, d, HEAD_DIM, PADDED)
         if UPCAST:
             key = key.to(tl.float32)
