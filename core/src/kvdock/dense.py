@@ -28,6 +28,8 @@ class DenseStorage(KVStorage):
         self.live: list[int] = []
         self._released: Tensor | None = None
         self._holes: list[bool] = []
+        self._ordered = True
+        """Whether slots are in the order of their positions, without an empty one between."""
 
     @property
     def empty(self) -> bool:
@@ -58,7 +60,7 @@ class DenseStorage(KVStorage):
         counts = {row: group.length for group in groups for row in group.rows}
         self.used = [counts[row] for row in range(len(counts))]
         self.live = list(self.used)
-        self._released, self._holes = None, [False] * len(self.used)
+        self._released, self._holes, self._ordered = None, [False] * len(self.used), True
         columns: dict[str, list[tuple[RowGroup, Tensor]]] = {}
         for group in groups:
             named = {KEY: group.keys, VALUE: group.values, POSITION: group.positions.int()}
@@ -93,7 +95,7 @@ class DenseStorage(KVStorage):
         """Allocate empty slots for a prompt that arrives in several forwards."""
         batch, heads, _, _ = key.shape
         self.used, self.live = [0] * batch, [0] * batch
-        self._released, self._holes = None, [False] * batch
+        self._released, self._holes, self._ordered = None, [False] * batch, True
         self.table = {
             KEY: key.new_zeros(batch, heads, slots, key.shape[-1]),
             VALUE: value.new_zeros(batch, heads, slots, value.shape[-1]),
@@ -102,7 +104,7 @@ class DenseStorage(KVStorage):
 
     def extend(self, layout: BatchLayout, key: Tensor, value: Tensor, starts: list[int]) -> None:
         """Append a forward's real tokens behind each row's entries."""
-        if any(self._holes):
+        if not self._ordered:
             self._close_holes()
         ends = [used + new for used, new in zip(self.used, layout.new_tokens, strict=True)]
         self.reserve(max(ends))
@@ -188,6 +190,7 @@ class DenseStorage(KVStorage):
             emptied = torch.where(mask, emptied, self.table[POSITION].gather(2, index))
         self.table[POSITION].scatter_(2, index, emptied)
         self._released, self._holes = slot, list(over)
+        self._ordered = self._ordered and not any(over)
         for row, gone in enumerate(over):
             self.live[row] -= gone
 
@@ -198,7 +201,7 @@ class DenseStorage(KVStorage):
 
     def row(self, index: int) -> RowGroup:
         """Return one row's live entries in the order of their positions, as views."""
-        if any(self._holes):
+        if not self._ordered:
             self._close_holes()
         part = {
             name: tensor[index : index + 1, :, : self.used[index]]
@@ -216,7 +219,7 @@ class DenseStorage(KVStorage):
             expanded = index.view(*index.shape, *[1] * (tensor.dim() - 3)).expand_as(tensor)
             self.table[name] = tensor.gather(2, expanded)
         self.used = list(self.live)
-        self._released, self._holes = None, [False] * len(self.used)
+        self._released, self._holes, self._ordered = None, [False] * len(self.used), True
 
     @property
     def even(self) -> bool:

@@ -214,20 +214,26 @@ class LayerStore:
 
     # -- decode ------------------------------------------------------------------------------------
 
-    def step(self, query: Tensor, key: Tensor, value: Tensor, params: AttentionParams) -> Tensor:
+    def step(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        params: AttentionParams,
+        shared: dict[str, Any],
+    ) -> Tensor:
         """Append one real token per row, attend, and let a policy that acts on decode release."""
         self.storage.append_step(key, value, self.ledger.tokens, self.ledger.limit)
         self.ledger.step()
         output = self.storage.attend_step(query, params)
         policy = self.plan.cache_policy
-        if policy is not None and policy.observes_decode:
-            view = self.views.step(query, self.storage, self.ledger, self._over, params)
-            self.storage.put_state(policy.observe_step(view))
         over = self._over
+        if policy is not None and policy.observes_decode:
+            view = self.views.step(query, self.storage, self.ledger, over, params, shared)
+            self.storage.put_state(policy.observe_step(view))
         if policy is not None and policy.acts_on_decode and any(over):
-            release = policy.release(
-                self.views.step(query, self.storage, self.ledger, over, params)
-            )
+            view = self.views.step(query, self.storage, self.ledger, over, params, shared)
+            release = policy.release(view)
             if release.rewrite_slots is not None and release.rewrite_keys is not None:
                 self.storage.rewrite_keys(release.rewrite_slots, release.rewrite_keys)
             self.views.row_state.update(release.row_state)

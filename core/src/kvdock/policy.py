@@ -138,6 +138,7 @@ class DecodeView:
         positions: int32 [B, K, N]; −1 marks an empty slot.
         over: bool [B]: rows that hold one entry more than ``slots`` and must release one.
         slots: the rows' allowances, int64 [B].
+        shared: the policy's own memory between layers; rows in it are not reordered for beams.
     """
 
     layer: int
@@ -151,6 +152,7 @@ class DecodeView:
     params: AttentionParams
     slot_state: dict[str, Tensor]
     row_state: dict[str, Tensor]
+    shared: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

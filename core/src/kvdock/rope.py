@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -39,6 +40,7 @@ def make_rotation(model: nn.Module, managed: tuple[int, ...]) -> tuple[Rotate | 
     if apply is None:
         return None, "its modeling file has no apply_rotary_pos_emb"
     per_type = "layer_type" in inspect.signature(rotary.forward).parameters
+    angles = _Angles(rotary)
 
     def rotate(key: Tensor, delta: Tensor, rank: int) -> Tensor:
         module = attention[managed[rank]]
@@ -46,12 +48,30 @@ def make_rotation(model: nn.Module, managed: tuple[int, ...]) -> tuple[Rotate | 
             return key
         states = key.float()
         extra = (_layer_type(module),) if per_type else ()
-        cos, sin = rotary(states, delta, *extra)
-        scale = _scaling(rotary, extra)
-        turned: Tensor = apply(states, states, cos / scale, sin / scale)[1]
+        cos, sin = angles(states, delta, extra)
+        turned: Tensor = apply(states[:, :0], states, cos, sin)[1]  # there are no queries to turn
         return turned.to(key.dtype)
 
     return rotate, ""
+
+
+class _Angles:
+    """Compute cos and sin, once where all layers turn by the same tensor ``delta``."""
+
+    def __init__(self, rotary: Any) -> None:
+        self._rotary = rotary
+        self._known: dict[tuple[Any, ...], tuple[weakref.ref[Tensor], Tensor, Tensor]] = {}
+
+    def __call__(self, states: Tensor, delta: Tensor, extra: tuple[str, ...]) -> Any:
+        """Return float32 cos and sin, each [b, N, rotary dim], without YaRN's factor."""
+        key = (states.device, *extra)
+        known = self._known.get(key)
+        if known is None or known[0]() is not delta:
+            scale = _scaling(self._rotary, extra)
+            cos, sin = self._rotary(states, delta, *extra)
+            known = (weakref.ref(delta), cos / scale, sin / scale)
+            self._known[key] = known
+        return known[1:]
 
 
 def _attention_modules(model: nn.Module) -> dict[int, Any]:

@@ -74,8 +74,10 @@ class Session:
         # Outside generate() a single column may be a pad, so the layout has to be read.
         one_each = layout.columns == 1 and (self.generating or layout.spans is None)
         if decoding and one_each:
+            if not self.generating:
+                layout.check_past(store.ledger.tokens)
             store.columns = columns
-            return store.step(query, key, value, params)
+            return store.step(query, key, value, params, self.shared)
         if decoding:
             self.begin_turn(columns)
         store.columns = columns

@@ -63,6 +63,7 @@ class LayerViews:
         ledger: Ledger,
         over: list[bool],
         params: AttentionParams,
+        shared: dict[str, Any],
     ) -> DecodeView:
         """Show all slots right after a decode step's attention."""
         return DecodeView(
@@ -77,6 +78,7 @@ class LayerViews:
             params=params,
             slot_state=storage.slot_state(),
             row_state=self.row_state,
+            shared=shared,
         )
 
     def keep(self, rows: Sequence[int], states: dict[str, Tensor], batch: int) -> None:
