@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,13 +24,41 @@ def convert_gguf(gguf: Path, target: Path) -> None:
         source = AutoModelForCausalLM.from_pretrained(
             gguf.parent, gguf_file=gguf.name, dtype=torch.float32
         )
-        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-        set_pad_token(tokenizer)
+        read = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        tokenizer = rebuild_tokenizer(read, source.config)
         plain = AutoModelForCausalLM.from_config(_plain_config(source), dtype=torch.float32)
         plain.load_state_dict(source.state_dict())
         plain.generation_config = source.generation_config
         plain.save_pretrained(target)
         tokenizer.save_pretrained(target)
+
+
+def rebuild_tokenizer(read: Any, config: Any) -> Any:
+    """Return the byte-level tokenizer of a GGUF file, the same for every transformers release.
+
+    Releases read the same words and merges, but differ in the special tokens they name and in
+    what they add around a text, so only words and merges are taken over.
+    """
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    content = json.loads(read.backend_tokenizer.to_str())
+    words = content["model"]["vocab"]
+    merges = [tuple(pair) for pair in content["model"]["merges"]]
+    raw = Tokenizer(models.BPE(words, merges))
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    special = sorted((token["id"], token["content"]) for token in content["added_tokens"])
+    raw.add_special_tokens(
+        [AddedToken(text, special=True, normalized=False) for _, text in special if text in words]
+    )
+    names = {number: word for word, number in words.items()}
+    end = names[config.eos_token_id]
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=raw, bos_token=names[config.bos_token_id], eos_token=end, pad_token=end
+    )
+    tokenizer.chat_template = read.chat_template
+    return tokenizer
 
 
 def set_pad_token(tokenizer: Any) -> None:
