@@ -131,6 +131,13 @@ def demo(session: nox.Session) -> None:
     session.run("kvdock", "bench", *settings, *methods, *session.posargs)
 
 
+@nox.session(default=False)
+def docs(session: nox.Session) -> None:
+    """Write the README's table of methods from the plugins' records."""
+    session.install("-e", "core")
+    session.run("python", "tests/docs/methods_table.py")
+
+
 @nox.session(default=False, tags=["drift"])
 def latest(session: nox.Session) -> None:
     """Test the general methods on the newest releases the ranges allow, without pins."""
