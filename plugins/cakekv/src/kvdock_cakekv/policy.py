@@ -73,7 +73,7 @@ class CakeKVPolicy(CachePolicy):
         )
 
     def select(self, view: PrefillView) -> Selection:
-        """Keep what the layers so far leave to this one; later turns keep to the first's budgets."""
+        """Keep what the layers so far leave to this one; a later turn keeps the first's budget."""
         assert view.queries is not None
         window = max(1, min(view.queries.shape[2], view.slots - 1))
         queries = view.queries[:, :, view.queries.shape[2] - window :]

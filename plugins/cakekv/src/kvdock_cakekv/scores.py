@@ -23,7 +23,8 @@ def window_statistics(
     """Return every prefix entry's indicator and the layer's dispersion and shift.
 
     With A the window's probabilities on the prefix, not renormalised:
-    indicator[k, j] = mean_g (mean_r A + γ·var_r A), dispersion = −Σ A·log(A + ε), shift = Σ var_r A.
+    indicator[k, j] = mean_g (mean_r A + γ·var_r A), before pooling;
+    dispersion = −Σ A·log(A + ε), shift = Σ var_r A.
 
     Args:
         queries: the last W queries, [1, H, W, D].
