@@ -30,7 +30,7 @@ def test_every_plugin_has_its_row():
     assert named == tool.plugin_ids(), "run: nox -s docs"
 
 
-@pytest.mark.parametrize("method", available())
+@pytest.mark.parametrize("method", [id for id in available() if (ROOT / "plugins" / id).exists()])
 def test_rows_equal_the_records(method):
     assert load_table().row(method) in README.splitlines(), "run: nox -s docs"
 
