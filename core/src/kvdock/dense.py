@@ -50,10 +50,12 @@ class DenseStorage(KVStorage):
         """Return the used part of one tensor, [B, K, extent, ...]."""
         return self.table[name][:, :, : self.extent]
 
-    def slot_state(self) -> dict[str, Tensor]:
-        """Return the policy's per-entry tensors, used part only."""
-        own = (KEY, VALUE, POSITION)
-        return {name: self.view(name) for name in self.table if name not in own}
+    def slot_state(self, row: int | None = None) -> dict[str, Tensor]:
+        """Return the policy's per-entry tensors, used part only, of one row or of all."""
+        names = [name for name in self.table if name not in (KEY, VALUE, POSITION)]
+        if row is None:
+            return {name: self.view(name) for name in names}
+        return {name: self.table[name][row : row + 1, :, : self.used[row]] for name in names}
 
     def fill(self, groups: Sequence[RowGroup]) -> None:
         """Replace all entries; what is not in ``groups`` is freed with the old tensors."""

@@ -106,13 +106,12 @@ class Session:
         seen = self.stores[: rank + 1]
         changes: dict[int, dict[int, Any]] = {}
         for row in range(len(seen[0].ledger.tokens)):
-            groups = [store.storage.row(row) for store in seen]
             view = RevisionView(
                 layer=rank,
                 layers=len(self.stores),
                 row=row,
-                lengths=tuple(group.length for group in groups),
-                slot_state=tuple(group.slot_state for group in groups),
+                lengths=tuple(store.storage.live[row] for store in seen),
+                slot_state=tuple(store.storage.slot_state(row) for store in seen),
                 turn=self.turn,
                 shared=self.shared,
             )
