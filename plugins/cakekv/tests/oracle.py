@@ -91,7 +91,7 @@ def top(scores, count):
     clear = True
     if 0 < count < len(scores):
         last, first = scores[order[count - 1]], scores[order[count]]
-        clear = last - first > CLOSE * last
+        clear = last == first or last - first > CLOSE * last
     return sorted(order[:count]), clear
 
 
