@@ -93,12 +93,14 @@ class StreamingLLMPolicy(CachePolicy):
             evicted = view.row_state.get(EVICTED, torch.zeros_like(view.slots)) + view.over
             view.shared[EVICTED] = evicted
             view.shared[DELTA] = evicted[:, None] * (slots < sinks)
+        # On the first layer's device, `to` returns the tensor itself.
+        evicted, delta = (view.shared[name].to(position.device) for name in (EVICTED, DELTA))
         raw = self._raw(view.keys[:, :, :count], view.row_state, slots < sinks)
-        keys = self._turn(raw, view.shared[DELTA], view.layer)
+        keys = self._turn(raw, delta, view.layer)
         missing = self.options.sinks - count
         state = {SINKS: F.pad(raw, (0, 0, 0, missing)) if missing else raw}
         where = slots.expand(len(oldest), kv_heads, count)
-        return Release(slot, where, keys, state | {EVICTED: view.shared[EVICTED]})
+        return Release(slot, where, keys, state | {EVICTED: evicted})
 
     def _raw(self, held: Tensor, row_state: dict[str, Tensor], is_sink: Tensor) -> Tensor:
         """Return the sinks' keys as the model made them; before an eviction they are ``held``."""
