@@ -1,0 +1,5 @@
+"""Run the command line as `python -m kvdock`."""
+
+from kvdock.cli import main
+
+main()
