@@ -39,11 +39,12 @@ class Results:
 
     def show(self, console: Console) -> None:
         """Print the table and the report's path."""
-        grid = RichTable(title=self.table.title, box=box.SIMPLE_HEAD, title_justify="left")
+        grid = RichTable(box=box.SIMPLE_HEAD)
         for place, name in enumerate(self.table.head):
             grid.add_column(Text(name), justify="right" if place else "left")
         for row in self.table.rows:
             grid.add_row(*(Text(cell) for cell in row))
+        console.print(Text(self.table.title), style="bold")
         console.print(grid)
         console.print(Text(self.table.note), soft_wrap=True)
         console.print(Text(f"Report: {self.path}"), soft_wrap=True)
