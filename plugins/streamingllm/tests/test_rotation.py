@@ -119,6 +119,19 @@ def test_a_ragged_batch_equals_its_rows(positions):
 
 
 @BOTH
+def test_a_row_that_first_evicts_in_a_later_turn(positions):
+    """Its neighbour evicted before, so the cache holds a state for both; every layer must see 0."""
+    model, slots = make_model(layers=2), 8
+    naive = [NaiveModel(model, slots, 4, positions) for _ in range(2)]
+    with attach(model, slots, positions=positions) as dock:
+        batch = Batch(model, dock.new_cache())
+        for feed, counts in enumerate([(30, 2), (1, 1), (3, 9), (1, 1), (1, 1)]):
+            rows = [tokens(n, seed=10 * feed + i) for i, n in enumerate(counts)]
+            for row, one, by_hand in zip(rows, batch.feed(rows), naive, strict=True):
+                assert torch.allclose(one.double(), by_hand(row), **CLOSE), f"feed {feed}"
+
+
+@BOTH
 @pytest.mark.parametrize("share", ["5%", "20%"])
 def test_a_share_of_fewer_slots_than_sinks(positions, share):
     model, lengths = make_model(), [40, 9]

@@ -89,12 +89,11 @@ class StreamingLLMPolicy(CachePolicy):
         # A share of a short prompt may be fewer slots than sinks; the state keeps its full width.
         count = min(self.options.sinks, view.keys.shape[2])
         slots = torch.arange(count, device=position.device)
+        # Every layer has a count of its own: the core writes rows of it in place at later turns.
+        evicted = view.row_state.get(EVICTED, torch.zeros_like(view.slots)) + view.over
         if view.layer == 0:  # one tensor for all layers, so that its angles are computed once
-            evicted = view.row_state.get(EVICTED, torch.zeros_like(view.slots)) + view.over
-            view.shared[EVICTED] = evicted
             view.shared[DELTA] = evicted[:, None] * (slots < sinks)
-        # On the first layer's device, `to` returns the tensor itself.
-        evicted, delta = (view.shared[name].to(position.device) for name in (EVICTED, DELTA))
+        delta = view.shared[DELTA].to(position.device)
         raw = self._raw(view.keys[:, :, :count], view.row_state, slots < sinks)
         keys = self._turn(raw, delta, view.layer)
         missing = self.options.sinks - count
