@@ -86,7 +86,9 @@ class LayerViews:
         for name, state in states.items():
             if name not in self.row_state:
                 self.row_state[name] = state.new_zeros(batch, *state.shape[1:])
-            self.row_state[name][list(rows)] = state
+            written = self.row_state[name].clone()  # a policy may give all its layers one tensor
+            written[list(rows)] = state
+            self.row_state[name] = written
 
     def select_rows(self, index: Tensor) -> None:
         """Reorder, repeat or drop rows."""
