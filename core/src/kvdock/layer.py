@@ -74,8 +74,8 @@ class LayerStore:
         if self.storage.empty:
             self.storage.start(key, value, room)
         self.storage.extend(layout, key, value, starts)
-        output = self._attend_stored(query, layout, params)
-        self._observe_stored(query, layout, params)
+        output, lse = self._attend_stored(query, layout, params)
+        self._observe_stored(query, layout, params, lse)
         self._remember_tail(query, layout)
         return output
 
@@ -89,11 +89,11 @@ class LayerStore:
     ) -> Tensor:
         """Attend over a prompt that came in one forward, without storing what will be dropped."""
         policy = self.plan.cache_policy
-        spans = layout.row_spans
+        spans, lse = layout.row_spans, None
         groups: list[tuple[tuple[int, ...], Tensor, Tensor, Tensor]]
         groups = [((s.row,), s.take(query), s.take(key), s.take(value)) for s in spans]
         if layout.spans is None:
-            output = self.plan.prefill(query, key, value, params, self.rank)
+            output, lse = self.plan.prefill(query, key, value, params, self.rank)
             if policy is None or not policy.revises:  # all rows hold the same number of entries
                 groups = [(tuple(range(layout.batch)), query, key, value)]
         else:
@@ -105,12 +105,15 @@ class LayerStore:
             position = torch.arange(n, device=k.device).expand(k.shape[0], k.shape[1], n)
             group = RowGroup(indices, k, v, position)
             if policy is not None and policy.observes_prompt:
-                view = self.views.prompt(group, q, self.ledger, params)
+                part = None if lse is None else lse[indices[0] : indices[-1] + 1]
+                view = self.views.prompt(group, q, self.ledger, params, lse=part)
                 group = replace(group, slot_state=policy.observe_prompt(view))
             self._waiting.append((group, q))
         return output
 
-    def _attend_stored(self, query: Tensor, layout: BatchLayout, params: AttentionParams) -> Tensor:
+    def _attend_stored(
+        self, query: Tensor, layout: BatchLayout, params: AttentionParams
+    ) -> tuple[Tensor, Tensor | None]:
         """Attend over everything stored, this forward's tokens included."""
         spans = layout.spans
         if spans is None and len(set(self.storage.used)) == 1:
@@ -121,9 +124,9 @@ class LayerStore:
             if span.count:
                 group = self.storage.row(span.row)
                 one = span.take(query)
-                states = self.plan.prefill(one, group.keys, group.values, params, self.rank)
+                states, _ = self.plan.prefill(one, group.keys, group.values, params, self.rank)
                 span.put(output, states)
-        return output
+        return output, None
 
     def _remember_tail(self, query: Tensor, layout: BatchLayout) -> None:
         """Keep the last W queries of every row across the chunks of one prompt."""
@@ -135,14 +138,17 @@ class LayerStore:
             joined = one if tail is None else torch.cat([tail, one], dim=2)
             self._tails[span.row] = joined[:, :, -window:].clone()
 
-    def _observe_stored(self, query: Tensor, layout: BatchLayout, params: AttentionParams) -> None:
+    def _observe_stored(
+        self, query: Tensor, layout: BatchLayout, params: AttentionParams, lse: Tensor | None
+    ) -> None:
         policy = self.plan.cache_policy
         if policy is None or not policy.observes_prompt:
             return
         for span in layout.row_spans:
             if span.count:
                 row = self.storage.row(span.row)
-                view = self.views.prompt(row, span.take(query), self.ledger, params)
+                one = None if lse is None else lse[span.row : span.row + 1]
+                view = self.views.prompt(row, span.take(query), self.ledger, params, lse=one)
                 self.storage.put_state(policy.observe_prompt(view), span.row)
 
     def finish(self, turn: int, shared: dict[str, Any]) -> None:

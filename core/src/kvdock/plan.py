@@ -60,12 +60,19 @@ class DockPlan:
 
     def prefill(
         self, query: Tensor, key: Tensor, value: Tensor, params: AttentionParams, layer: int
-    ) -> Tensor:
-        """Attend with the last queries of clean rows: [b, H, Q, D] → [b, Q, H, D]."""
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attend with the last queries of clean rows: [b, H, Q, D] → [b, Q, H, D].
+
+        The second value is the log-sum-exps [b, H, Q], where the cache policy reads them and the
+        kernel gives them.
+        """
         if self.attention_policy is not None:
-            return self.attention_policy.prefill(query, key, value, params, layer=layer)
-        backend = self.backend if params.plain else self.fallback
-        return backend.attend(query, key, value, params)
+            return self.attention_policy.prefill(query, key, value, params, layer=layer), None
+        if not params.plain:
+            return self.fallback.attend(query, key, value, params), None
+        if self.cache_policy is not None and self.cache_policy.reads_lse:
+            return self.backend.attend_lse(query, key, value, params)
+        return self.backend.attend(query, key, value, params), None
 
     def prefill_ragged(
         self,
@@ -82,4 +89,4 @@ class DockPlan:
                 span.put(output, states)
             return
         for span, (query, key, value) in zip(spans, rows, strict=True):
-            span.put(output, self.prefill(query, key, value, params, layer))
+            span.put(output, self.prefill(query, key, value, params, layer)[0])

@@ -64,6 +64,9 @@ class PrefillView:
         row_state: the policy's own per-row tensors, [b, ...].
         shared: the policy's own memory between the layers of one prompt.
 
+        lse: log-sum-exp of every query's scaled scores, natural, float32 [b, H, W], where the
+            policy ``reads_lse`` and the dense attention gave it.
+
     ``observe_prompt`` gets the same view during the prompt; ``queries`` are then the forward's own.
     """
 
@@ -80,6 +83,7 @@ class PrefillView:
     slot_state: dict[str, Tensor] = field(default_factory=dict)
     row_state: dict[str, Tensor] = field(default_factory=dict)
     shared: dict[str, Any] = field(default_factory=dict)
+    lse: Tensor | None = None
 
     @property
     def length(self) -> int:
@@ -197,6 +201,8 @@ class CachePolicy(BudgetAllocator):
     """
     observes_prompt: bool = False
     """Whether ``observe_prompt`` sees every forward of a prompt, with all its queries."""
+    reads_lse: bool = False
+    """Whether ``observe_prompt`` makes use of the log-sum-exps of dense attention."""
     observes_decode: bool = False
     """Whether ``observe_step`` sees every decode step."""
     revises: bool = False

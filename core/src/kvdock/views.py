@@ -37,6 +37,7 @@ class LayerViews:
         *,
         turn: int = 0,
         shared: dict[str, Any] | None = None,
+        lse: Tensor | None = None,
     ) -> PrefillView:
         """Show rows of equal length; before the allowance is known, ``slots`` is their length."""
         rows = list(group.rows)
@@ -54,6 +55,7 @@ class LayerViews:
             slot_state=group.slot_state,
             row_state={name: state[rows] for name, state in self.row_state.items()},
             shared={} if shared is None else shared,
+            lse=lse,
         )
 
     def step(

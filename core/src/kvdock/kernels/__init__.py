@@ -26,6 +26,11 @@ class DenseBackend(Protocol):
     def attend(self, query: Tensor, key: Tensor, value: Tensor, params: AttentionParams) -> Tensor:
         """Map [b, H, Q, D], [b, K, N, D], [b, K, N, D] to [b, Q, H, D], contiguous."""
 
+    def attend_lse(
+        self, query: Tensor, key: Tensor, value: Tensor, params: AttentionParams
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attend alike; add the log-sum-exps, natural, float32 [b, H, Q], where they are free."""
+
 
 def _reference(device: torch.device, dtype: torch.dtype) -> DenseBackend:
     from kvdock.kernels.reference import ReferenceBackend

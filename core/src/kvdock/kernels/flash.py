@@ -19,18 +19,32 @@ class FlashBackend:
     Args:
         dense: the library's ``flash_attn_func``.
         varlen: its ``flash_attn_varlen_func``, which takes rows of unequal length end to end.
+        lse_switch: the argument that makes ``dense`` return (output, log-sum-exps, ...).
     """
 
-    def __init__(self, name: str, dense: Callable[..., Any], varlen: Callable[..., Any]) -> None:
+    def __init__(
+        self, name: str, dense: Callable[..., Any], varlen: Callable[..., Any], lse_switch: str
+    ) -> None:
         self.name = name
         self._dense = dense
         self._varlen = varlen
+        self._lse_switch = {lse_switch: True}
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, params: AttentionParams) -> Tensor:
         """Attend causally, the last query aligned with the last key; shapes as in ``reference``."""
         states = (states.transpose(1, 2) for states in (query, key, value))
         output = self._dense(*states, softmax_scale=params.scaling, causal=True)
         return _output(output).contiguous()
+
+    def attend_lse(
+        self, query: Tensor, key: Tensor, value: Tensor, params: AttentionParams
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attend as `attend` does and return what the kernel knows anyway, [b, H, Q]."""
+        states = (states.transpose(1, 2) for states in (query, key, value))
+        output, lse, *_ = self._dense(
+            *states, softmax_scale=params.scaling, causal=True, **self._lse_switch
+        )
+        return output.contiguous(), lse
 
     def ragged(self, rows: Rows, params: AttentionParams) -> list[Tensor]:
         """Attend for all rows of a padded batch at once; each [1, heads, n, D] → [1, n, H, D]."""
@@ -54,14 +68,16 @@ def load_flash_attn_2() -> FlashBackend:
     """Import flash-attn 2.x; raises ImportError when the exact functions are not there."""
     from flash_attn import flash_attn_func, flash_attn_varlen_func
 
-    return FlashBackend("flash-attn-2", flash_attn_func, flash_attn_varlen_func)
+    return FlashBackend(
+        "flash-attn-2", flash_attn_func, flash_attn_varlen_func, "return_attn_probs"
+    )
 
 
 def load_flash_attn_4() -> FlashBackend:
     """Import flash-attn-4 (CuTe); raises ImportError when the exact functions are not there."""
     from flash_attn.cute import flash_attn_func, flash_attn_varlen_func
 
-    return FlashBackend("flash-attn-4", flash_attn_func, flash_attn_varlen_func)
+    return FlashBackend("flash-attn-4", flash_attn_func, flash_attn_varlen_func, "return_lse")
 
 
 def _cumulative(lengths: list[int], device: torch.device) -> Tensor:

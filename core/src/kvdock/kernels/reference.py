@@ -36,6 +36,12 @@ class ReferenceBackend:
             output[:, start:stop] = block.transpose(1, 2)
         return output
 
+    def attend_lse(
+        self, query: Tensor, key: Tensor, value: Tensor, params: AttentionParams
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attend without log-sum-exps."""
+        return self.attend(query, key, value, params), None
+
 
 def _block(query: Tensor, key: Tensor, value: Tensor, params: AttentionParams) -> Tensor:
     group = query.shape[1] // key.shape[1]

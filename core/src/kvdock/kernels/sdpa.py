@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend
 from torch.nn.attention.bias import causal_lower_right
 
 from kvdock.policy import AttentionParams
@@ -30,6 +31,51 @@ class SDPABackend:
         else:
             output = _blocked(query, key, value, params)
         return output.transpose(1, 2).contiguous()
+
+    def attend_lse(
+        self, query: Tensor, key: Tensor, value: Tensor, params: AttentionParams
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attend as `attend` does, by the kernel it would choose, where that gives the sums too."""
+        found = _fused_lse(query, key, value, params) if query.shape[2] == key.shape[2] else None
+        if found is None:
+            return self.attend(query, key, value, params), None
+        output, lse = found
+        return output.transpose(1, 2).contiguous(), lse.reshape(query.shape[:3])
+
+
+def _fused_lse(
+    query: Tensor, key: Tensor, value: Tensor, params: AttentionParams
+) -> tuple[Tensor, Tensor] | None:
+    """Run the kernel behind scaled_dot_product_attention itself, which does not pass these on."""
+    if query.shape[-1] % 8:  # padded there before the call
+        return None
+    states, causal = (query, key, value), query.shape[2] > 1
+    choice = torch._fused_sdp_choice(
+        *states,
+        attn_mask=None,
+        dropout_p=0.0,
+        is_causal=causal,
+        scale=params.scaling,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    kernels, scale = torch.ops.aten, params.scaling
+    if choice == SDPBackend.CUDNN_ATTENTION.value:
+        output, lse, *_ = kernels._scaled_dot_product_cudnn_attention(
+            *states, None, True, 0.0, causal, scale=scale
+        )
+    elif choice != SDPBackend.FLASH_ATTENTION.value:
+        return None
+    elif query.is_cuda:
+        output, lse, *_ = kernels._scaled_dot_product_flash_attention(
+            *states, 0.0, causal, scale=scale
+        )
+    elif query.device.type == "cpu":
+        output, lse = kernels._scaled_dot_product_flash_attention_for_cpu(
+            *states, 0.0, causal, scale=scale
+        )
+    else:
+        return None
+    return output, lse
 
 
 def _sdpa(
