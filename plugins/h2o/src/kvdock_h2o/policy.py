@@ -31,6 +31,7 @@ class H2OPolicy(CachePolicy):
     acts_on_later_turns = True
     observes_prompt = True
     observes_decode = True
+    reads_lse = True
 
     def __init__(self, options: H2OOptions) -> None:
         self.options = options
@@ -71,7 +72,7 @@ class H2OPolicy(CachePolicy):
     def observe_prompt(self, view: PrefillView) -> dict[str, Tensor]:
         """Add the probabilities of this forward's queries to the entries' scores."""
         assert view.queries is not None
-        sums = column_sums(view.queries, view.keys, view.params)
+        sums = column_sums(view.queries, view.keys, view.params, view.lse)
         return {SCORE: self._accumulated(sums, view)}
 
     def observe_step(self, view: DecodeView) -> dict[str, Tensor]:
