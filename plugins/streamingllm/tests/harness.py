@@ -30,16 +30,16 @@ def make_model(family="llama", *, layers=1, rope="default", **overrides):
     return tiny_model(family, num_hidden_layers=layers, rope_parameters=parameters, **overrides)
 
 
-def make_layer(budget, *, rotate=None, **options):
-    """Return the policy on one layer of the core, without a model around it."""
+def make_layer(budget, *, rotate=None, layers=1, **options):
+    """Return the policy on bare layers of the core, without a model around them."""
     policy = StreamingLLMPolicy(StreamingLLMOptions(**options))
-    return LayerDriver(policy, budget, rotate=rotate)
+    return LayerDriver(policy, budget, layers, rotate=rotate)
 
 
 @functools.cache
 def rotation(head_dim):
-    """Return the core's rotation of cached keys for a plain RoPE of base 10000."""
-    rotate, _ = make_rotation(make_model(head_dim=head_dim), (0,))
+    """Return the core's rotation of cached keys, two layers, for a plain RoPE of base 10000."""
+    rotate, _ = make_rotation(make_model(head_dim=head_dim, layers=2), (0, 1))
     return rotate
 
 
@@ -78,7 +78,7 @@ class Batch:
 def held(source, layer=0):
     """Return the positions a dock (or a bare layer) holds per row; all heads must agree."""
     bare = isinstance(source, LayerDriver)
-    positions = source.kept() if bare else source.kept_positions(layer).tolist()
+    positions = source.kept(layer) if bare else source.kept_positions(layer).tolist()
     rows = []
     for heads in positions:
         assert all(head == heads[0] for head in heads)

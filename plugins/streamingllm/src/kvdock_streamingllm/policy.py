@@ -89,7 +89,7 @@ class StreamingLLMPolicy(CachePolicy):
         # A share of a short prompt may be fewer slots than sinks; the state keeps its full width.
         count = min(self.options.sinks, view.keys.shape[2])
         slots = torch.arange(count, device=position.device)
-        # Every layer has a count of its own: the core writes rows of it in place at later turns.
+        # Every layer has a count of its own, on its own device.
         evicted = view.row_state.get(EVICTED, torch.zeros_like(view.slots)) + view.over
         if view.layer == 0:  # one tensor for all layers, so that its angles are computed once
             view.shared[DELTA] = evicted[:, None] * (slots < sinks)
