@@ -26,16 +26,18 @@ _users = 0
 
 def probe() -> None:
     """Check every transformers feature the core builds on; raise naming the missing one."""
+    needed = {
+        AttentionInterface: ("register", "_global_mapping"),
+        AttentionMaskInterface: ("register", "_global_mapping"),
+        PreTrainedModel: ("set_attn_implementation",),
+    }
+    # dir() leaves out what hasattr() finds on the metaclass: ABCMeta has a `register` of its own
     features = {
-        "AttentionInterface.register": hasattr(AttentionInterface, "register"),
-        "AttentionMaskInterface.register": hasattr(AttentionMaskInterface, "register"),
-        "AttentionInterface._global_mapping": hasattr(AttentionInterface, "_global_mapping"),
-        "AttentionMaskInterface._global_mapping": hasattr(
-            AttentionMaskInterface, "_global_mapping"
-        ),
-        "PreTrainedModel.set_attn_implementation": hasattr(
-            PreTrainedModel, "set_attn_implementation"
-        ),
+        f"{cls.__name__}.{name}": name in dir(cls)
+        for cls, names in needed.items()
+        for name in names
+    }
+    features |= {
         "CacheLayerMixin.get_mask_sizes(query_length)": "query_length"
         in inspect.signature(DynamicLayer.get_mask_sizes).parameters,
     }
