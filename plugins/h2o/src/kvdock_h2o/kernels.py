@@ -25,12 +25,21 @@ LOG2E = math.log2(math.e)
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """Say how one program is cut: keys and queries per tile, warps, depth of the pipeline."""
+    """Say how one program is cut: keys and queries per tile, warps, depth of the pipeline.
 
-    keys: int = 128
-    queries: int = 128
-    warps: int = 8
-    stages: int = 3
+    ``registers`` caps those of a thread, so that two programs share a multiprocessor and one
+    multiplies while the other takes exponentials.
+    """
+
+    keys: int
+    queries: int
+    warps: int
+    stages: int
+    registers: int | None = None
+
+
+SUM_TILE = Tile(keys=128, queries=64, warps=4, stages=3)
+LSE_TILE = Tile(keys=64, queries=128, warps=4, stages=3)
 
 
 def column_sums(
@@ -64,7 +73,7 @@ def column_sums(
         level = log2_sum_exp2(queries, keys, scaling, tile=lse_tile)
     else:
         level = lse.float().contiguous() * LOG2E
-    tile = tile or _default_tile(queries)
+    tile = tile or _default_tile(queries, SUM_TILE)
     grid = (triton.cdiv(n, tile.keys), b * kv_heads)
     _sum_columns[grid](
         queries, keys, level, sums,
@@ -72,7 +81,7 @@ def column_sums(
         kv_heads, q, n, scaling * LOG2E,
         GROUP=h // kv_heads, HEAD_DIM=d, PADDED=max(16, triton.next_power_of_2(d)),
         KEYS=tile.keys, QUERIES=tile.queries, UPCAST=_upcast(queries),
-        num_warps=tile.warps, num_stages=tile.stages,
+        num_warps=tile.warps, num_stages=tile.stages, maxnreg=tile.registers,
     )  # fmt: skip
     return sums
 
@@ -83,7 +92,7 @@ def log2_sum_exp2(
     """Return the base-2 log-sum-exp of every query's scores, float32 [b, H, Q]."""
     queries, keys = _rows_contiguous(queries), _rows_contiguous(keys)
     b, h, q, d = queries.shape
-    tile = tile or _default_tile(queries)
+    tile = tile or _default_tile(queries, LSE_TILE)
     level = torch.empty(b, h, q, dtype=torch.float32, device=queries.device)
     grid = (triton.cdiv(q, tile.queries), b * h)
     _log_sums[grid](
@@ -92,7 +101,7 @@ def log2_sum_exp2(
         h, q, keys.shape[2], scaling * LOG2E,
         GROUP=h // keys.shape[1], HEAD_DIM=d, PADDED=max(16, triton.next_power_of_2(d)),
         KEYS=tile.keys, QUERIES=tile.queries, UPCAST=_upcast(queries),
-        num_warps=tile.warps, num_stages=tile.stages,
+        num_warps=tile.warps, num_stages=tile.stages, maxnreg=tile.registers,
     )  # fmt: skip
     return level
 
@@ -229,11 +238,11 @@ def _log_sums(
     tl.store(level + pair * q_length + m, top + tl.log2(total), mask=m < q_length)
 
 
-def _default_tile(queries: Tensor) -> Tile:
-    """Return a tile that fits the data type and the head."""
+def _default_tile(queries: Tensor, usual: Tile) -> Tile:
+    """Return the usual tile, or a smaller one where the data type or the head is larger."""
     if queries.dtype == torch.float32 or queries.shape[-1] > 128:
         return Tile(keys=64, queries=32, warps=4, stages=2)
-    return Tile()
+    return usual
 
 
 def _rows_contiguous(states: Tensor) -> Tensor:
