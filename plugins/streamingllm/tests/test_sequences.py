@@ -18,11 +18,11 @@ class Run:
     def __init__(self, rng, positions):
         self.rng = rng
         sinks = rng.choice((0, 1, 3, 6))
-        budget = rng.choice((sinks + rng.choice((1, 2, 5)), "5%", "20%", "60%"))
+        budget = rng.choice((sinks + 1, sinks + 2, sinks + 5, rng.choice(("5%", "20%", "60%"))))
         self.driver = make_layer(
             budget, rotate=rotation(HEAD_DIM), layers=LAYERS, sinks=sinks, positions=positions
         )
-        lengths = [rng.randint(1, 30) for _ in range(rng.randint(1, 4))]
+        lengths = [rng.randint(1, rng.choice((3, 30))) for _ in range(rng.randint(1, 4))]
         if len(lengths) > 1 and rng.random() < 0.3:
             lengths[-1] = 0  # a row of pads only
         self.rows = [
