@@ -40,9 +40,8 @@ def mixed(state):
 
 def uniform(seed, layer, head, position):
     """Return the draw in [0, 1) of one entry."""
-    stream = mixed((seed * 0x9E3779B97F4A7C15 + layer) & WORD)
-    stream = mixed((stream + head) & WORD)
-    return (mixed((stream + position) & WORD) >> 40) / 2**24
+    stream = (seed * 0x9E3779B97F4A7C15 + layer) * 0xBF58476D1CE4E5B9
+    return (mixed((stream + head * 0x94D049BB133111EB + position) & WORD) >> 40) / 2**24
 
 
 def merge(values, attention, kept, m, weight):

@@ -18,10 +18,8 @@ def uniform(positions: Tensor, seed: int, layer: int) -> Tensor:
         positions: int64 [b, K, N].
     """
     heads = torch.arange(positions.shape[1], device=positions.device)[None, :, None]
-    stream = _mixed(torch.full_like(heads, _signed(seed * _STEP)) + layer)
-    stream = _mixed(stream + heads)
-    bits = _mixed(stream + positions)
-    return _shifted(bits, 40).float() * 2.0**-24
+    stream = _signed((seed * _STEP + layer) * _FIRST)
+    return _shifted(_mixed(positions + (heads * _signed(_SECOND) + stream)), 40).float() * 2.0**-24
 
 
 def _mixed(state: Tensor) -> Tensor:

@@ -7,10 +7,14 @@ Shapes: b rows, K key/value heads, N entries, C kept entries, D head_dim.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 BLOCK_BYTES = 64 * 2**20
 """Largest block of weighted values; bounds the extra memory whatever the prompt length."""
+
+COPIES = 16
+"""Most partial sums of one gap."""
 
 
 def gaps(index: Tensor, length: int) -> Tensor:
@@ -35,7 +39,7 @@ def merge_probability(attention: Tensor, index: Tensor, gap: Tensor, merge: int)
         attention: Ā ≥ 0, float32 [b, K, N].
     """
     kept = attention.gather(2, index)
-    ahead = trailing_sum(kept.flip(2), merge).flip(2)
+    ahead = window_sums(F.pad(kept, (0, merge - 1)), merge)
     mean = ahead / target_counts(kept.shape[2], merge, kept.device)
     ratio = (attention / mean.gather(2, gap)).nan_to_num_(nan=0.0, posinf=1.0).clamp_(0, 1)
     return ratio.scatter_(2, index, 0)
@@ -57,41 +61,42 @@ def merged_values(
     """
     (b, kv_heads, n, d), c = values.shape, index.shape[2]
     share = weights.double() / target_counts(c, merge, values.device)[gap]
-    sums = values.new_zeros(b * kv_heads, c, d, dtype=torch.float64)
-    flat = sums.view(-1, d)
-    first = torch.arange(b * kv_heads, device=values.device).view(b, kv_heads, 1) * c
-    target = gap + first
     entries = max(1, BLOCK_BYTES // (8 * d * b))
-    heads, entries = max(1, entries // n), min(entries, n)
+    heads, entries = min(max(1, entries // n), kv_heads), min(entries, n)
+    # Neighbours mostly add to the same gap and would wait for each other: spread them over copies.
+    copies = max(1, min(COPIES, BLOCK_BYTES // (8 * d * b * heads * c)))
+    target = gap + c * torch.arange(n, device=gap.device).remainder_(copies)
+    place = copies * c * torch.arange(b * heads, device=gap.device).view(b, heads, 1)
+    sums = []
     for head in range(0, kv_heads, heads):
+        some = slice(head, min(head + heads, kv_heads))
+        count = some.stop - head
+        partial = values.new_zeros(b, heads, copies, c, d, dtype=torch.float64)
         for start in range(0, n, entries):
-            part = slice(None), slice(head, head + heads), slice(start, start + entries)
-            weighted = values[part] * share[part][..., None]
-            flat.index_add_(0, target[part].reshape(-1), weighted.reshape(-1, d))
+            part = slice(None), some, slice(start, start + entries)
+            weighted = (values[part] * share[part][..., None]).reshape(-1, d)
+            row = (target[part] + place[:, :count]).reshape(-1)
+            partial.view(-1, d).index_add_(0, row, weighted)
             del weighted  # before the next block is made
+        sums.append(partial[:, :count].sum(dim=2))
     kept = values.gather(2, index[..., None].expand(-1, -1, -1, d))
-    return trailing_sum(sums.view(b, kv_heads, c, d), merge).add_(kept).to(values.dtype)
+    behind = F.pad(torch.cat(sums, dim=1), (0, 0, merge - 1, 0))
+    return window_sums(behind, merge).add_(kept).to(values.dtype)
 
 
-def trailing_sum(terms: Tensor, count: int) -> Tensor:
-    """Return Σ terms[max(0, i − count + 1) … i] along dim 2.
+def window_sums(terms: Tensor, count: int) -> Tensor:
+    """Return Σ terms[i … i + count − 1] along dim 2 for every i where all of them exist.
 
     Runs of 1, 2, 4, … terms are added up: exact sums without the cancellation of a running total.
     """
-    count = min(count, terms.shape[2])
-    total, reach, run, length = torch.zeros_like(terms), 0, terms, 1
-    while length <= count:
-        if count & length:
-            total = total + _delayed(run, reach)
-            reach += length
-        run, length = run + _delayed(run, length), 2 * length
-    return total
-
-
-def _delayed(terms: Tensor, by: int) -> Tensor:
-    """Move entries back by ``by`` along dim 2, zeros coming in."""
-    if by == 0:
-        return terms
-    moved = torch.zeros_like(terms)
-    moved[:, :, by:] = terms[:, :, : terms.shape[2] - by]
-    return moved
+    length = terms.shape[2] - count + 1
+    total, reach, run, size = None, 0, terms, 1
+    while True:
+        if count & size:
+            part = run[:, :, reach : reach + length]
+            total = part if total is None else total + part
+            reach += size
+        if reach == count:
+            assert total is not None
+            return total
+        run, size = run[:, :, size:] + run[:, :, : run.shape[2] - size], 2 * size
