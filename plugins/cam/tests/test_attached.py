@@ -88,7 +88,7 @@ def test_the_mean_over_seeds_is_the_merge_by_weight():
     spread = (squares / count - mean**2).clamp(min=0).sqrt()
     # what happens once in a thousand times may not have happened: it is part of the tolerance
     assert ((mean - wanted).abs() <= 6 * spread / count**0.5 + 5e-3).all()
-    assert (mean - wanted).abs().mean() < 2e-3
+    assert (mean - wanted).abs().mean() < 4e-3
     assert spread.max() > 0.01
 
 
