@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-MAX_HEAD_DIM = 256
+LARGEST_HEAD = {torch.bfloat16: 256, torch.float16: 256, torch.float32: 128}
 LOG2E = math.log2(math.e)
 
 
@@ -40,6 +40,11 @@ class Tile:
 
 SUM_TILE = Tile(keys=128, queries=64, warps=4, stages=3)
 LSE_TILE = Tile(keys=64, queries=128, warps=4, stages=3)
+
+
+def serves(queries: Tensor) -> bool:
+    """Say whether the kernels take this data type and head_dim."""
+    return queries.shape[-1] <= LARGEST_HEAD.get(queries.dtype, 0)
 
 
 def column_sums(
@@ -132,7 +137,7 @@ def _sum_rows(
         level = tl.load(level_base + row, mask=inside, other=float("inf"))
         if UPCAST:
             query = query.to(tl.float32)
-        logits = tl.dot(key, tl.trans(query), input_precision="ieee")
+        logits = tl.dot(key, tl.trans(query), input_precision="tf32x3")
         share = logits * scale - level[None, :]
         if MASKED:
             share = tl.where(past + row[None, :] >= n[:, None], share, float("-inf"))
@@ -193,7 +198,7 @@ def _walk_keys(
         key = _tile(base, offset, column < k_length, d, HEAD_DIM, PADDED)
         if UPCAST:
             key = key.to(tl.float32)
-        logits = tl.dot(query, tl.trans(key), input_precision="ieee") * scale
+        logits = tl.dot(query, tl.trans(key), input_precision="tf32x3") * scale
         if MASKED:
             logits = tl.where(column[None, :] <= position[:, None], logits, float("-inf"))
         higher = tl.maximum(top, tl.max(logits, 1))

@@ -32,7 +32,7 @@ def column_sums(
         float32 [b, K, N].
     """
     kernels = _kernels() if queries.is_cuda and params.plain else None
-    if kernels is not None and queries.shape[-1] <= kernels.MAX_HEAD_DIM:
+    if kernels is not None and kernels.serves(queries):
         sums: Tensor = kernels.column_sums(queries, keys, params.scaling, lse)
         return sums
     return reference_column_sums(queries, keys, params)
