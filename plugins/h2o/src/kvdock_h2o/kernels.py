@@ -112,34 +112,44 @@ def log2_sum_exp2(
 
 
 @triton.jit
-def _tile(base, offset, inside, d, HEAD_DIM: tl.constexpr, PADDED: tl.constexpr):
-    """Load rows [M, PADDED]; rows that are not ``inside`` and channels beyond D are zero."""
-    mask = inside[:, None]
-    if HEAD_DIM != PADDED:
-        mask = mask & (d < HEAD_DIM)[None, :]
-    return tl.load(base + offset, mask=mask, other=0.0)
+def _tile(
+    base, offset, inside, d,
+    HEAD_DIM: tl.constexpr, PADDED: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """Load rows [M, PADDED]; rows not ``inside`` (unless ``WHOLE``) and added channels are zero."""
+    if WHOLE and HEAD_DIM == PADDED:
+        return tl.load(base + offset)
+    if WHOLE:
+        return tl.load(base + offset, mask=(d < HEAD_DIM)[None, :], other=0.0)
+    if HEAD_DIM == PADDED:
+        return tl.load(base + offset, mask=inside[:, None], other=0.0)
+    return tl.load(base + offset, mask=inside[:, None] & (d < HEAD_DIM)[None, :], other=0.0)
 
 
 @triton.jit
 def _sum_rows(
     total, key, n, m, d, query_base, level_base, q_row, past, q_length, scale, begin, end,
     HEAD_DIM: tl.constexpr, PADDED: tl.constexpr, QUERIES: tl.constexpr,
-    MASKED: tl.constexpr, UPCAST: tl.constexpr,
+    WHOLE: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Add the probabilities that queries ``begin … end`` of one head give to a block of keys."""
+    """Add the probabilities that queries ``begin … end`` of one head give to a block of keys.
+
+    ``WHOLE``: all of them exist and see all of the keys.
+    """
     offset = m[:, None] * q_row + d[None, :]
     for first in range(begin, end, QUERIES):
         row = first + m
         inside = row < q_length
         base = query_base + tl.cast(first, tl.int64) * q_row
-        query = _tile(base, offset, inside, d, HEAD_DIM, PADDED)
-        # a query beyond the last one gets the level +inf and so the probability zero
-        level = tl.load(level_base + row, mask=inside, other=float("inf"))
+        query = _tile(base, offset, inside, d, HEAD_DIM, PADDED, WHOLE)
         if UPCAST:
             query = query.to(tl.float32)
         logits = tl.dot(key, tl.trans(query), input_precision="tf32x3")
-        share = logits * scale - level[None, :]
-        if MASKED:
+        if WHOLE:
+            share = logits * scale - tl.load((level_base + first) + m)[None, :]
+        else:  # a query beyond the last one gets the level +inf and so the probability zero
+            level = tl.load((level_base + first) + m, mask=inside, other=float("inf"))
+            share = logits * scale - level[None, :]
             share = tl.where(past + row[None, :] >= n[:, None], share, float("-inf"))
         total += tl.sum(tl.exp2(share), 1)
     return total
@@ -160,7 +170,7 @@ def _sum_columns(
     n, m, d = start + tl.arange(0, KEYS), tl.arange(0, QUERIES), tl.arange(0, PADDED)
     offset = n.to(tl.int64)[:, None] * k_row + d[None, :]
     key_base = k + batch * k_batch + head * k_head
-    key = _tile(key_base, offset, n < k_length, d, HEAD_DIM, PADDED)
+    key = _tile(key_base, offset, n < k_length, d, HEAD_DIM, PADDED, False)
     if UPCAST:
         key = key.to(tl.float32)
     past = k_length - q_length
@@ -168,6 +178,7 @@ def _sum_columns(
     # queries before the block's last key do not see all of it
     partly = tl.minimum(tl.maximum(start + KEYS - 1 - past, 0), q_length) - begin
     middle = begin + tl.cdiv(partly, QUERIES) * QUERIES
+    rest = middle + tl.maximum(q_length - middle, 0) // QUERIES * QUERIES
     total = tl.zeros([KEYS], tl.float32)
     for g in range(GROUP):
         query_head = head * GROUP + g
@@ -175,11 +186,15 @@ def _sum_columns(
         level_base = level + (pair * GROUP + g) * q_length
         total = _sum_rows(
             total, key, n, m, d, query_base, level_base, q_row, past, q_length, scale,
-            begin, middle, HEAD_DIM, PADDED, QUERIES, True, UPCAST,
+            begin, middle, HEAD_DIM, PADDED, QUERIES, False, UPCAST,
         )  # fmt: skip
         total = _sum_rows(
             total, key, n, m, d, query_base, level_base, q_row, past, q_length, scale,
-            middle, q_length, HEAD_DIM, PADDED, QUERIES, False, UPCAST,
+            middle, rest, HEAD_DIM, PADDED, QUERIES, True, UPCAST,
+        )  # fmt: skip
+        total = _sum_rows(
+            total, key, n, m, d, query_base, level_base, q_row, past, q_length, scale,
+            rest, q_length, HEAD_DIM, PADDED, QUERIES, False, UPCAST,
         )  # fmt: skip
     tl.store(sums + pair * k_length + n, total, mask=n < k_length)
 
@@ -195,14 +210,15 @@ def _walk_keys(
     for first in range(begin, end, KEYS):
         column = first + n
         base = k_base + tl.cast(first, tl.int64) * k_row
-        key = _tile(base, offset, column < k_length, d, HEAD_DIM, PADDED)
+        key = _tile(base, offset, column < k_length, d, HEAD_DIM, PADDED, not MASKED)
         if UPCAST:
             key = key.to(tl.float32)
-        logits = tl.dot(query, tl.trans(key), input_precision="tf32x3") * scale
+        logits = tl.dot(query, tl.trans(key), input_precision="tf32x3")
         if MASKED:
             logits = tl.where(column[None, :] <= position[:, None], logits, float("-inf"))
-        higher = tl.maximum(top, tl.max(logits, 1))
-        total = total * tl.exp2(top - higher) + tl.sum(tl.exp2(logits - higher[:, None]), 1)
+        higher = tl.maximum(top, tl.max(logits, 1) * scale)  # the scale is positive
+        share = tl.exp2(logits * scale - higher[:, None])
+        total = total * tl.exp2(top - higher) + tl.sum(share, 1)
         top = higher
     return top, total
 
@@ -222,7 +238,7 @@ def _log_sums(
     m, n, d = start + tl.arange(0, QUERIES), tl.arange(0, KEYS), tl.arange(0, PADDED)
     offset = m.to(tl.int64)[:, None] * q_row + d[None, :]
     query_base = q + batch * q_batch + head * q_head
-    query = _tile(query_base, offset, m < q_length, d, HEAD_DIM, PADDED)
+    query = _tile(query_base, offset, m < q_length, d, HEAD_DIM, PADDED, False)
     if UPCAST:
         query = query.to(tl.float32)
     k_base = k + batch * k_batch + (head // GROUP) * k_head

@@ -31,7 +31,8 @@ def column_sums(
     Returns:
         float32 [b, K, N].
     """
-    kernels = _kernels() if queries.is_cuda and params.plain else None
+    usual = params.plain and params.scaling > 0
+    kernels = _kernels() if queries.is_cuda and usual else None
     if kernels is not None and kernels.serves(queries):
         sums: Tensor = kernels.column_sums(queries, keys, params.scaling, lse)
         return sums
