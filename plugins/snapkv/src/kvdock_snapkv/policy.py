@@ -4,7 +4,7 @@ Shapes: k a key/value head, j an entry, r a query; C kept entries, W window, D h
 """
 
 from kvdock.budget import Budget
-from kvdock.errors import BudgetError, UnsupportedError
+from kvdock.errors import BudgetError
 from kvdock.kernels.window_scores import keep_window
 from kvdock.policy import CachePolicy, PrefillView, Selection
 from kvdock_snapkv.options import SnapKVOptions
@@ -32,9 +32,4 @@ class SnapKVPolicy(CachePolicy):
 
     def select(self, view: PrefillView) -> Selection:
         """Return the C kept entries of every key/value head."""
-        if view.queries is None or view.queries.shape[2] == 0:
-            raise UnsupportedError(
-                f"snapkv: row {view.rows[0]} brings no token in this turn, so nothing votes."
-                " Give every row a token, or set recompress=False."
-            )
         return keep_window(view, kernel=self.options.kernel, pooling=self.options.pooling)
