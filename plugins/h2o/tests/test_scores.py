@@ -3,9 +3,11 @@
 import pytest
 import torch
 
+import kvdock
 from kvdock.policy import AttentionParams
 from kvdock.testing_layers import LayerDriver, random_states
-from kvdock_h2o import scores
+from kvdock.testing_models import left_padded, tiny_model
+from kvdock_h2o import policy, scores
 from kvdock_h2o.options import H2OOptions
 from kvdock_h2o.policy import SCORE, H2OPolicy
 
@@ -155,3 +157,23 @@ def test_padding_and_neighbours_do_not_change_the_choice():
         alone.prompt(tuple(x[row : row + 1, :, -length:] for x in states))
         assert batch.kept()[row] == alone.kept()[0]
         assert torch.equal(held_scores(batch)[row], held_scores(alone)[0])
+
+
+def test_the_log_sum_exps_of_dense_attention_reach_the_sums(monkeypatch):
+    """Given ones spare the kernel a pass; a padded batch has none and is scored without."""
+    given = []
+
+    def spy(queries, keys, params, lse=None):
+        given.append((queries.shape[:3], lse))
+        return scores.column_sums(queries, keys, params, lse)
+
+    monkeypatch.setattr(policy, "column_sums", spy)
+    model = tiny_model("llama")
+    with kvdock.attach(model, "h2o", budget=16) as dock, torch.no_grad():
+        for lengths in ((40, 40), (40, 31)):
+            batch, _ = left_padded(lengths)
+            model(**batch, past_key_values=dock.new_cache())
+    even, padded = given[:3], given[3:]
+    assert len(padded) == 6
+    assert all(lse.shape == shape and lse.dtype == torch.float32 for shape, lse in even)
+    assert all(lse is None for _, lse in padded)
