@@ -37,22 +37,19 @@ def window_probabilities(
     kv_heads, n = keys.shape[1], keys.shape[2]
     group = h // kv_heads
     grouped = queries.reshape(b, kv_heads, group * w, d)
-    future = torch.ones(w, w, dtype=torch.bool, device=keys.device).triu(1)
+    future = None  # one query, as in a decode step, comes after every key
+    if w > 1:
+        future = torch.ones(w, w, dtype=torch.bool, device=keys.device).triu(1)
     step = max(1, BLOCK_BYTES // (b * group * w * n * 4))
     for start in range(0, kv_heads, step):
         heads = slice(start, min(start + step, kv_heads))
-        # nothing but the result stays referenced here while the caller works on it
+        part, sinks = None if valid is None else valid[:, heads], params.sinks
+        # logits have no name here: nothing but the result stays while the caller works on it
         yield (
             heads,
             _softmax(
-                _logits(
-                    grouped[:, heads],
-                    keys[:, heads],
-                    params,
-                    future,
-                    None if valid is None else valid[:, heads],
-                ),
-                params.sinks,
+                _logits(grouped[:, heads], keys[:, heads], params, w, future, part),
+                sinks,
                 heads,
                 group,
             ),
@@ -106,16 +103,22 @@ def keep_window(view: PrefillView, *, kernel: int, pooling: str) -> Selection:
 
 
 def _logits(
-    grouped: Tensor, keys: Tensor, params: AttentionParams, future: Tensor, valid: Tensor | None
+    grouped: Tensor,
+    keys: Tensor,
+    params: AttentionParams,
+    w: int,
+    future: Tensor | None,
+    valid: Tensor | None,
 ) -> Tensor:
     """Return the scaled, capped and masked products, float32 [b, k, G, W, N]."""
     b, heads, rows, _ = grouped.shape
-    w, n = future.shape[0], keys.shape[2]
+    n = keys.shape[2]
     logits = _product(grouped, keys).mul_(params.scaling)
     if params.softcap is not None:
         logits = logits.div_(params.softcap).tanh_().mul_(params.softcap)
     logits = logits.view(b, heads, rows // w, w, n)
-    logits[..., n - w :].masked_fill_(future, float("-inf"))
+    if future is not None:
+        logits[..., n - w :].masked_fill_(future, float("-inf"))
     if valid is not None:
         logits.masked_fill_(~valid[:, :, None, None], float("-inf"))
     return logits
