@@ -127,11 +127,12 @@ def test_cases_cover_what_they_claim():
 
 
 @pytest.mark.parametrize("decode_pool", [True, False])
-@pytest.mark.parametrize("seed", range(12))
-def test_decode_releases_what_the_oracle_releases(seed, decode_pool):
+@pytest.mark.parametrize("lengths", [(40, 12, 27), (31,), (12,)])
+@pytest.mark.parametrize("seed", range(8))
+def test_decode_releases_what_the_oracle_releases(seed, lengths, decode_pool):
     """Rows of different lengths, one below the budget at first, each against its own naive run."""
     kv_heads, group, slots, window, layers, steps = 2, GROUPS[seed % 4], 16, 6, 2, 12
-    lengths, scaling = (40, 12, 27), 64**-0.5
+    scaling = 64**-0.5
     shape = (len(lengths), kv_heads, group, max(lengths) + steps, 64)
     states = [random_states(50 * seed + layer, *shape) for layer in range(layers)]
     options = CakeKVOptions(window=window, decode_pool=decode_pool)
@@ -139,7 +140,6 @@ def test_decode_releases_what_the_oracle_releases(seed, decode_pool):
     driver.prompt(*[[x[:, :, : max(lengths)] for x in parts] for parts in states], lengths=lengths)
     held = [driver.kept(layer) for layer in range(layers)]
     allowance = [driver.store(layer).ledger.slots for layer in range(layers)]
-    assert all(live == 12 for live in (driver.store(layer).storage.live[1] for layer in range(2)))
     compared = 0
     for at in range(max(lengths), max(lengths) + steps):
         driver.step(*[[x[:, :, at : at + 1] for x in parts] for parts in states])

@@ -28,7 +28,7 @@ def shares(weights: Sequence[float], total: int, cap: int) -> list[float]:
         return sum(min(max(level * weight, 1.0), cap) for weight in weights)
 
     bends = sorted([1 / weight for weight in weights] + [cap / weight for weight in weights])
-    bend = bends[max(bisect_right(bends, total, key=spent) - 1, 0)]
+    bend = bends[max(bisect_right(bends, float(total), key=spent) - 1, 0)]
     free = [weight for weight in weights if 1 / weight <= bend < cap / weight]
     full = sum(cap / weight <= bend for weight in weights)
     rest = total - full * cap - (len(weights) - full - len(free))

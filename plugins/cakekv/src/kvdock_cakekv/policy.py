@@ -113,23 +113,31 @@ class CakeKVPolicy(CachePolicy):
 
     def release(self, view: DecodeView) -> Release:
         """Give up the entry before the window that the step's query attends to least."""
-        position = view.positions
-        window = (view.slots - 1).clamp(min=1, max=self.options.window)[:, None, None]
-        newest = position.amax(dim=2, keepdim=True)
-        old = (position >= 0) & (position <= newest - window)
-        blocks = window_probabilities(view.queries, view.keys, view.params, position >= 0)
+        position, width = view.positions, view.positions.shape[2]
+        alone = position.shape[0] == 1  # then no slot is empty and nothing needs a mask
+        valid = None if alone else position >= 0
+        blocks = window_probabilities(view.queries, view.keys, view.params, valid)
         score = torch.cat([block[:, :, :, 0].mean(dim=2) for _, block in blocks], dim=1)
-        # Slots are not in the order of positions, and a row may hold fewer than there are.
-        order = position.masked_fill(~old, torch.iinfo(position.dtype).max).argsort(dim=2)
-        count = old.sum(dim=2, keepdim=True)
-        beyond = torch.arange(position.shape[2], device=position.device) >= count
-        ranked = score.gather(2, order).masked_fill(beyond, 0)
-        if self.options.decode_pool:
-            ranked = pooled(ranked, self.options.kernel, "avg")
-        ranked = ranked.masked_fill(beyond, torch.inf)
+        # Slots are not in the order of positions; the window is last in it, but for empty slots.
+        if valid is not None:
+            position = position.masked_fill(~valid, torch.iinfo(position.dtype).max)
+        order = position.argsort(dim=2)
+        ranked = score.gather(2, order)
+        if valid is None:
+            old = width - max(1, min(self.options.window, width - 2))
+            ranked = self._pooled(ranked[..., :old])
+        else:
+            window = (view.slots - 1).clamp(min=1, max=self.options.window)[:, None, None]
+            count = valid.sum(dim=2, keepdim=True) - window
+            beyond = torch.arange(width, device=position.device) >= count
+            ranked = self._pooled(ranked.masked_fill(beyond, 0)).masked_fill(beyond, torch.inf)
         # Of equal scores the lower position stays, as in the prompt.
-        last = position.shape[2] - 1 - ranked.flip(2).argmin(dim=2, keepdim=True)
+        last = ranked.shape[2] - 1 - ranked.flip(2).argmin(dim=2, keepdim=True)
         return Release(order.gather(2, last)[..., 0])
+
+    def _pooled(self, scores: Tensor) -> Tensor:
+        """Average a step's scores over neighbours, unless the options say no."""
+        return pooled(scores, self.options.kernel, "avg") if self.options.decode_pool else scores
 
     def _cascade(self, view: PrefillView, window: int) -> Cascade:
         """Return the row's cascade, new at the first layer."""

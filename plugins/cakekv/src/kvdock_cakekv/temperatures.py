@@ -19,9 +19,10 @@ TABLE: dict[tuple[str, int, int, int], dict[int, Temperatures]] = {
 
 def fitted(config: Any, slots: int) -> Temperatures:
     """Return the model's temperatures for the fitted budget nearest to ``slots``."""
-    names = ("num_hidden_layers", "hidden_size", "num_key_value_heads")
-    shape = tuple(getattr(config, name, 0) for name in names)
-    fits = TABLE.get((getattr(config, "model_type", ""), *shape))
+    layers = getattr(config, "num_hidden_layers", 0)
+    hidden = getattr(config, "hidden_size", 0)
+    kv_heads = getattr(config, "num_key_value_heads", 0)
+    fits = TABLE.get((getattr(config, "model_type", ""), layers, hidden, kv_heads))
     if fits is None:
         return DEFAULT
     return fits[min(fits, key=lambda budget: abs(budget - slots))]
