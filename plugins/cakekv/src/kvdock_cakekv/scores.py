@@ -49,7 +49,7 @@ def window_statistics(
 
 
 def preference(statistics: Tensor, tau1: float, tau2: float) -> float:
-    """Return dispersion^(1/τ1) · shift^(1/τ2), the one number a layer sends to the host.
+    """Return dispersion^(1/τ1) · shift^(1/τ2), the one thing of a layer the host reads.
 
     Both statistics are sums over heads: where heads live on several devices, add them up here.
 
