@@ -27,15 +27,16 @@ def build_layout(
     **kwargs: Any,
 ) -> BatchLayout:
     """Return the forward's layout in place of a mask; registered as the mask function."""
-    if not allow_is_causal_skip:
-        raise UnsupportedError(
-            "this forward asks for more than a causal mask (packed sequences, prefix or image"
-            " blocks). kvdock serves causal decoding with a 2-D attention mask."
-        )
     if isinstance(q_offset, Tensor):
         raise UnsupportedError(
             "a static cache was passed to a docked model. Use the cache of the dock:"
             " model.generate(...) without past_key_values, or past_key_values=dock.new_cache()."
+        )
+    if not allow_is_causal_skip:
+        raise UnsupportedError(
+            "this forward asks for more than a causal mask (packed sequences, prefix or image"
+            " blocks, a static cache). kvdock serves causal decoding with a 2-D attention mask and"
+            " the dock's own cache."
         )
     return BatchLayout(attention_mask, batch_size, q_length, int(q_offset), window=local_size)
 

@@ -25,7 +25,6 @@ FAMILIES = {
         "attn_implementation": "eager",
     },
     "smollm3": {"no_rope_layers": [1, 0, 1], "use_sliding_window": False},
-    "cohere2": {"sliding_window": 16, "layer_types": MIXED},
     "ministral": {"sliding_window": 16, "layer_types": MIXED},
 }
 EAGER = {"gemma2", "gpt_oss"}

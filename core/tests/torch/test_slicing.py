@@ -55,6 +55,7 @@ def test_instances_are_restored(model, policies):
         assert not any("forward" in vars(module) for module in model.modules())
 
 
+@pytest.mark.filterwarnings("ignore:You are calling .generate.. with the `input_ids`:UserWarning")
 @pytest.mark.parametrize("how", ["cpu_offload", "disk_offload"])
 def test_under_hooks_of_accelerate(policies, batch, generate, tmp_path, how):
     """Layers spread over devices: hooks move weights in and out around each forward."""
