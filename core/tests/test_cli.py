@@ -132,6 +132,8 @@ def test_ctrl_c_ends_with_130_and_one_line(site):
         stderr=subprocess.PIPE,
         text=True,
         env=site.process_environ(),
+        # a test run started in the background hands an ignored SIGINT down
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert process.stdout.readline() == "hello from outside\n"
     time.sleep(0.2)
