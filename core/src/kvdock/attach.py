@@ -17,7 +17,12 @@ from kvdock.budget import Budget
 from kvdock.cache import DockCache
 from kvdock.compose import Composition, compose
 from kvdock.errors import UnsupportedError
-from kvdock.generation import PrefillEnd, docked_generate, refuse_continuous_batching
+from kvdock.generation import (
+    PrefillEnd,
+    docked_generate,
+    refuse_continuous_batching,
+    refuse_copy,
+)
 from kvdock.kernels import choose_backend
 from kvdock.kernels.reference import ReferenceBackend
 from kvdock.plan import DockPlan
@@ -160,6 +165,7 @@ def attach(
         stack.enter_context(sliced(model, slice_above))
         dock = Dock(model, plan, ExitStack())
         _override(stack, model, "generate", docked_generate(dock, model.generate))
+        _override(stack, model, "__deepcopy__", refuse_copy)
         for name in (
             "generate_batch",
             "init_continuous_batching",

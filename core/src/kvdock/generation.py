@@ -100,6 +100,14 @@ def refuse_continuous_batching(*args: Any, **kwargs: Any) -> Any:
     )
 
 
+def refuse_copy(memo: dict[int, Any]) -> Any:
+    """Stand in for the copy of an attached model, which would go on using this one's layers."""
+    raise UnsupportedError(
+        "an attached model cannot be copied: the copy would run on the original's layers and dock."
+        " Detach, copy, and attach to each."
+    )
+
+
 def _cache_for(dock: Dock, given: dict[str, Any]) -> DockCache:
     """Check the arguments of one `generate` call and return the cache it will fill."""
 

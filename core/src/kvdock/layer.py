@@ -154,7 +154,8 @@ class LayerStore:
     def finish(self, turn: int, shared: dict[str, Any]) -> None:
         """End the prompt: let the policy choose among everything the prompt left here."""
         policy = self.plan.cache_policy
-        again = policy is not None and policy.acts_on_later_turns
+        # rows held at an allowance during decode have to be brought back to it after a turn
+        again = policy is not None and (policy.acts_on_later_turns or policy.acts_on_decode)
         if turn == 0 or (again and not self.ledger.bounded):
             # rows that decode holds at an allowance keep the one of their first prompt
             self._set_slots()

@@ -195,7 +195,8 @@ class CachePolicy(BudgetAllocator):
     acts_on_decode: bool = False
     """Whether rows are held at their allowance during decode (``release`` is called)."""
     acts_on_later_turns: bool = False
-    """Whether ``select`` runs again at the end of a second or later prompt on the same cache.
+    """Whether ``select`` runs again at the end of a second or later prompt on the same cache;
+    it does anyway where ``acts_on_decode``.
 
     The allowance then follows all tokens seen, unless decode holds rows at their first one.
     """

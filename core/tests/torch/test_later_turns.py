@@ -26,6 +26,13 @@ def test_rows_held_during_decode_keep_their_first_allowance(policies, lengths):
     assert held(policies.Ring(), "25%", lengths) == ([first], [first])
 
 
+def test_rows_held_during_decode_are_held_after_turns_whatever_the_policy_says(policies):
+    class Forgetful(policies.Ring):
+        acts_on_later_turns = False
+
+    assert held(Forgetful(), 24, (60, 40)) == ([24], [24])
+
+
 def test_layers_get_shares_of_their_own_after_a_short_first_prompt(policies):
     class Uneven(policies.Votes):
         def layer_slots(self, tokens, slots, layers):

@@ -1,5 +1,7 @@
 """What an attached model refuses before anything runs, and that it works as before afterwards."""
 
+import copy
+
 import pytest
 import torch
 from transformers import DynamicCache, GenerationConfig, StaticCache
@@ -221,3 +223,10 @@ def test_taking_tokens_back(docked, row, generate):
         cache.crop(-2)
     with pytest.raises(UnsupportedError, match="cannot be offloaded"):
         cache.layers[0].offload()
+
+
+def test_an_attached_model_is_not_copied(policy):
+    model = tiny_model("llama")
+    with kvdock.attach(model, [policy], budget=48), pytest.raises(UnsupportedError, match="copied"):
+        copy.deepcopy(model)
+    assert copy.deepcopy(model) is not model
