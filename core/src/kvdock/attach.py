@@ -25,6 +25,7 @@ from kvdock.generation import (
 )
 from kvdock.kernels import choose_backend
 from kvdock.kernels.reference import ReferenceBackend
+from kvdock.kernels.sparse import dense_beside
 from kvdock.plan import DockPlan
 from kvdock.policy import ModelFacts
 from kvdock.registry import default_host
@@ -145,9 +146,17 @@ def attach(
         )
     _check_dtype(model.dtype, composition)
     rotate, reason = make_rotation(model, managed)
-    facts = ModelFacts(len(managed), rotate, reason, config)
+    facts = ModelFacts(
+        len(managed), rotate, reason, config, model.device, model.dtype, _head_dim(config)
+    )
     if composition.cache_policy is not None:
         composition.cache_policy.bind(facts)
+    for storage in (composition.channel_policy, composition.format_policy):
+        if storage is not None:
+            storage.bind(facts)
+    if composition.attention_policy is not None:
+        composition.attention_policy.bind(facts, backend)
+        backend = dense_beside(backend)
     with ExitStack() as stack:
         stack.enter_context(compat.registered(dock_attention, build_layout))
         previous = stack.enter_context(compat.implementation(model))
@@ -155,6 +164,8 @@ def attach(
             methods=composition.names,
             cache_policy=composition.cache_policy,
             attention_policy=composition.attention_policy,
+            channel_policy=composition.channel_policy,
+            format_policy=composition.format_policy,
             budget=composition.budget,
             backend=choose_backend(backend, previous, model.device, model.dtype),
             fallback=ReferenceBackend(),
@@ -175,6 +186,11 @@ def attach(
                 _override(stack, model, name, refuse_continuous_batching)
         dock._exits = stack.pop_all()
     return dock
+
+
+def _head_dim(config: Any) -> int:
+    own = getattr(config, "head_dim", None)
+    return int(own or config.hidden_size // config.num_attention_heads)
 
 
 def _override(stack: ExitStack, model: Any, name: str, value: Any) -> None:

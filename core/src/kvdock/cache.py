@@ -74,7 +74,7 @@ class DockLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         """Forget everything."""
-        self.session.stores[self.rank] = LayerStore(self.session.plan, self.rank)
+        self.session.stores[self.rank] = self.session.new_store(self.rank)
         self.is_initialized = False
 
     def reorder_cache(self, beam_idx: Tensor) -> None:

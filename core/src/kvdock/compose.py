@@ -12,18 +12,29 @@ from kvdock.errors import CompositionError, OptionError
 from kvdock.method import Method
 from kvdock.policy import AttentionPolicy, CachePolicy
 from kvdock.registry import Host
+from kvdock.storage_policy import ChannelPolicy, FormatPolicy
 
 DEFAULT_BUDGET = 2048
+
+ROLES: dict[type[Any], str] = {
+    AttentionPolicy: "compute the prefill's attention",
+    CachePolicy: "choose which tokens the cache keeps",
+    ChannelPolicy: "choose which key channels are stored",
+    FormatPolicy: "choose the number format of the cache",
+}
+"""Every role with what it does, in the order in which they act on a layer."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Composition:
-    """The policies of one attachment; at most one of each role."""
+    """The policies of one attachment, at most one of each role, in the order they act."""
 
     names: tuple[str, ...]
     methods: tuple[Method, ...]
     cache_policy: CachePolicy | None
     attention_policy: AttentionPolicy | None
+    channel_policy: ChannelPolicy | None
+    format_policy: FormatPolicy | None
     budget: Budget
 
 
@@ -47,14 +58,22 @@ def compose(
         record.id if record else type(policy).__name__
         for record, policy in zip(records, policies, strict=True)
     )
-    cache = _one(CachePolicy, names, policies, "choose what the cache keeps")
-    attention = _one(AttentionPolicy, names, policies, "compute the prefill's attention")
+    _check_order(names, policies)
+    attention, cache, channels, form = (_one(role, names, policies) for role in ROLES)
+    if cache is None and parsed is not None:
+        raise CompositionError(
+            f"a budget of {budget} was given, but {' + '.join(names)} keeps every token. Leave the"
+            " budget out, or add a method that selects tokens, such as snapkv."
+        )
     if parsed is None:
         defaults = [record.default_budget for record in loaded if record.default_budget]
         parsed = Budget.parse(min(defaults, default=DEFAULT_BUDGET))
     if cache is not None:
         cache.check_budget(parsed)
-    return Composition(names, tuple(loaded), cache, attention, parsed)
+    channels = channels if channels is not None and channels.active else None
+    form = form if form is not None and form.active else None
+    _check_storage(names, cache, channels or form)
+    return Composition(names, tuple(loaded), cache, attention, channels, form, parsed)
 
 
 def _split(methods: str | Sequence[Any]) -> list[Any]:
@@ -66,10 +85,10 @@ def _split(methods: str | Sequence[Any]) -> list[Any]:
             " list of them."
         )
     for item in items:
-        if not isinstance(item, str | CachePolicy | AttentionPolicy):
+        if not isinstance(item, (str, *ROLES)):
+            kinds = ", ".join(role.__name__ for role in ROLES)
             raise CompositionError(
-                f"{item!r} is neither a method id nor a configured policy (a CachePolicy or"
-                " AttentionPolicy)."
+                f"{item!r} is neither a method id nor a configured policy ({kinds})."
             )
     return items
 
@@ -98,14 +117,50 @@ def _share_options(methods: list[Method], options: dict[str, Any]) -> dict[str, 
     return shares
 
 
-def _one(kind: type[Any], names: Sequence[str], policies: Sequence[Any], role: str) -> Any:
+def _one(role: type[Any], names: Sequence[str], policies: Sequence[Any]) -> Any:
     found = [
         (name, policy)
         for name, policy in zip(names, policies, strict=True)
-        if isinstance(policy, kind)
+        if isinstance(policy, role)
     ]
     if len(found) > 1:
         raise CompositionError(
-            f"{' and '.join(name for name, _ in found)} cannot be combined: both {role}. Keep one."
+            f"{' and '.join(name for name, _ in found)} cannot be combined: both {ROLES[role]}."
+            " Keep one."
         )
     return found[0][1] if found else None
+
+
+def _check_order(names: Sequence[str], policies: Sequence[Any]) -> None:
+    """Refuse a spelling whose order is not the order in which the methods act."""
+    steps = (CachePolicy, ChannelPolicy, FormatPolicy)
+    acts = [
+        (next(i for i, role in enumerate(steps) if isinstance(policy, role)), name)
+        for name, policy in zip(names, policies, strict=True)
+        if isinstance(policy, steps)
+    ]
+    ordered = sorted(acts, key=lambda act: act[0])
+    if acts != ordered:
+        raise CompositionError(
+            f"{'+'.join(names)}: a cache is compressed in the order token selection, channel"
+            f" pruning, quantisation. Write {'+'.join(name for _, name in ordered)!r}."
+        )
+
+
+def _check_storage(names: Sequence[str], cache: CachePolicy | None, storage: Any) -> None:
+    """Refuse a token selection that would have to take entries out of packed storage again."""
+    if cache is None or storage is None:
+        return
+    reasons = {
+        "acts_on_decode": "gives up entries at every decode step",
+        "observes_decode": "scores entries at every decode step",
+        "acts_on_later_turns": "selects again at the end of a later turn",
+        "revises": "shrinks earlier layers after they were stored",
+    }
+    found = [reason for name, reason in reasons.items() if getattr(cache, name)]
+    if found:
+        raise CompositionError(
+            f"{'+'.join(names)} cannot be combined: the token selection {' and '.join(found)}, but"
+            " packed or narrowed entries cannot be taken out one by one. Use a method that selects"
+            " once, at the end of the prompt, such as snapkv, pyramidkv, l2compress or cam."
+        )

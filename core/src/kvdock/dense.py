@@ -14,7 +14,7 @@ from torch import Tensor
 from kvdock.kernels.decode import attend_slots
 from kvdock.layout import BatchLayout
 from kvdock.policy import AttentionParams
-from kvdock.storage import KVStorage, RowGroup, grown_capacity
+from kvdock.storage import KVStorage, RowGroup
 
 KEY, VALUE, POSITION = "key", "value", "position"
 
@@ -131,12 +131,9 @@ class DenseStorage(KVStorage):
         for name in self.table.keys() - {KEY, VALUE, POSITION}:
             self.table[name][rows, :, span] = 0
 
-    def append_step(
-        self, key: Tensor, value: Tensor, positions: list[int], limit: int | None
-    ) -> None:
+    def append_step(self, key: Tensor, value: Tensor, positions: list[int], capacity: int) -> None:
         """Append one token per row: one slice when the rows are even, a scatter otherwise."""
-        need = max(used + (not hole) for used, hole in zip(self.used, self._holes, strict=True))
-        self.reserve(grown_capacity(self.capacity, need, limit))
+        self.reserve(capacity)
         even = len(set(self.used)) == 1 and len(set(positions)) == 1 and not any(self._holes)
         if even:
             self._write(slice(None), self.used[0], key, value, positions[0])
@@ -243,6 +240,10 @@ class DenseStorage(KVStorage):
         position = self.view(POSITION).long()
         order = position.masked_fill(position < 0, torch.iinfo(torch.int64).max)
         return position.gather(2, order.sort(dim=2).indices)[:, :, : max(self.live)]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return every allocated tensor by name."""
+        return dict(self.table)
 
     @property
     def nbytes(self) -> int:

@@ -12,11 +12,13 @@ import torch
 from torch import Tensor
 
 from kvdock.dense import KEY, VALUE, DenseStorage
+from kvdock.gather import gather
 from kvdock.layout import BatchLayout
 from kvdock.ledger import Ledger
 from kvdock.plan import DockPlan
 from kvdock.policy import AttentionParams, Selection
-from kvdock.storage import RowGroup
+from kvdock.storage import KVStorage, RowGroup
+from kvdock.storage_policy import StoreShape
 from kvdock.views import LayerViews
 
 Choices = list[tuple[RowGroup, Selection | None]]
@@ -32,7 +34,10 @@ class LayerStore:
     def __init__(self, plan: DockPlan, rank: int) -> None:
         self.plan = plan
         self.rank = rank
-        self.storage = DenseStorage()
+        self.dense = DenseStorage()
+        """Entries as the model made them: all that is kept, or a prompt until its end."""
+        self.storage: KVStorage = self.dense
+        """What holds the kept entries."""
         self.ledger = Ledger(plan.cache_policy)
         self.views = LayerViews(rank, plan.facts.layers)
         self.columns = 0
@@ -69,11 +74,11 @@ class LayerStore:
             self.open, self._tails = True, [None] * layout.batch
         self._params = params
         starts = self.ledger.bring(layout.new_tokens)
-        if self.storage.empty and self.columns >= room:
+        if self.storage.empty and self.dense.empty and self.columns >= room:
             return self._whole(query, key, value, layout, params)
-        if self.storage.empty:
-            self.storage.start(key, value, room)
-        self.storage.extend(layout, key, value, starts)
+        if self.dense.empty:
+            self.dense.start(key, value, room)
+        self.dense.extend(layout, key, value, starts)
         output, lse = self._attend_stored(query, layout, params)
         self._observe_stored(query, layout, params, lse)
         self._remember_tail(query, layout)
@@ -116,13 +121,13 @@ class LayerStore:
     ) -> tuple[Tensor, Tensor | None]:
         """Attend over everything stored, this forward's tokens included."""
         spans = layout.spans
-        if spans is None and len(set(self.storage.used)) == 1:
-            key, value = self.storage.view(KEY), self.storage.view(VALUE)
+        if spans is None and len(set(self.dense.used)) == 1:
+            key, value = self.dense.view(KEY), self.dense.view(VALUE)
             return self.plan.prefill(query, key, value, params, self.rank)
-        output = _zeros(query, self.storage.view(VALUE))
+        output = _zeros(query, self.dense.view(VALUE))
         for span in layout.row_spans:
             if span.count:
-                group = self.storage.row(span.row)
+                group = self.dense.row(span.row)
                 one = span.take(query)
                 states, _ = self.plan.prefill(one, group.keys, group.values, params, self.rank)
                 span.put(output, states)
@@ -146,10 +151,10 @@ class LayerStore:
             return
         for span in layout.row_spans:
             if span.count:
-                row = self.storage.row(span.row)
+                row = self.dense.row(span.row)
                 one = None if lse is None else lse[span.row : span.row + 1]
                 view = self.views.prompt(row, span.take(query), self.ledger, params, lse=one)
-                self.storage.put_state(policy.observe_prompt(view), span.row)
+                self.dense.put_state(policy.observe_prompt(view), span.row)
 
     def finish(self, turn: int, shared: dict[str, Any]) -> None:
         """End the prompt: let the policy choose among everything the prompt left here."""
@@ -162,7 +167,7 @@ class LayerStore:
         if turn == 0 or again:
             if not self._waiting:
                 tails = enumerate(self._tails)
-                self._waiting = [(self.storage.row(row), tail) for row, tail in tails]
+                self._waiting = [(self.dense.row(row), tail) for row, tail in tails]
             chosen = [(group, self._select(group, q, turn, shared)) for group, q in self._waiting]
             self._waiting = []
             self._store(chosen)
@@ -176,7 +181,7 @@ class LayerStore:
         if self._waiting:
             key, value = self._waiting[0][0].keys, self._waiting[0][0].values
         else:
-            key, value = self.storage.view(KEY), self.storage.view(VALUE)
+            key, value = self.dense.view(KEY), self.dense.view(VALUE)
         tokens = self.ledger.tokens
         entry = key.shape[-1] * key.element_size() + value.shape[-1] * value.element_size()
         slot_bytes = entry * key.shape[1] * len(tokens) * self.plan.facts.layers
@@ -191,12 +196,17 @@ class LayerStore:
         if policy is None or group.length <= self.ledger.slots[first]:
             return None
         assert self._params is not None
-        window = min(self.plan.window, self.ledger.turn_tokens[first])
-        if queries is not None:
-            queries = queries[:, :, queries.shape[2] - window :]
+        queries = self._last(queries, policy.query_window, first)
         return policy.select(
             self.views.prompt(group, queries, self.ledger, self._params, turn=turn, shared=shared)
         )
+
+    def _last(self, queries: Tensor | None, window: int, row: int) -> Tensor | None:
+        """Return a row's last ``window`` queries of this turn, fewer where it brought fewer."""
+        if queries is None:
+            return None
+        count = min(window, self.ledger.turn_tokens[row])
+        return queries[:, :, queries.shape[2] - count :]
 
     def _store(self, kept: Choices) -> None:
         """Move what is kept into storage of its own size; the rest is freed with its tensors."""
@@ -209,14 +219,14 @@ class LayerStore:
         for group, choice in kept:
             if choice is not None:
                 self.views.keep(group.rows, choice.row_state, len(entries))
-        self.storage.fill([_gather(group, choice) for group, choice in kept])
+        self.dense.fill([gather(group, choice) for group, choice in kept])
         self.ledger.compressed([entries[row] for row in range(len(entries))])
 
     def shrink(self, choices: dict[int, Selection]) -> None:
         """Keep less of some rows, as a later layer of the same prompt made the policy decide."""
         rows = range(len(self.ledger.tokens))
         entries = list(self.ledger.entries)
-        self._store([(self.storage.row(row), choices.get(row)) for row in rows])
+        self._store([(self.dense.row(row), choices.get(row)) for row in rows])
         self.ledger.compressed(entries)
 
     # -- decode ------------------------------------------------------------------------------------
@@ -230,22 +240,34 @@ class LayerStore:
         shared: dict[str, Any],
     ) -> Tensor:
         """Append one real token per row, attend, and let a policy that acts on decode release."""
-        self.storage.append_step(key, value, self.ledger.tokens, self.ledger.limit)
+        positions = self.ledger.tokens
         self.ledger.step()
+        self.storage.append_step(key, value, positions, self.ledger.capacity)
         output = self.storage.attend_step(query, params)
         policy = self.plan.cache_policy
         over = self._over
         if policy is not None and policy.observes_decode:
-            view = self.views.step(query, self.storage, self.ledger, over, params, shared)
-            self.storage.put_state(policy.observe_step(view))
+            view = self.views.step(query, self.dense, self.ledger, over, params, shared)
+            self.dense.put_state(policy.observe_step(view))
         if policy is not None and policy.acts_on_decode and any(over):
-            view = self.views.step(query, self.storage, self.ledger, over, params, shared)
+            view = self.views.step(query, self.dense, self.ledger, over, params, shared)
             release = policy.release(view)
             if release.rewrite_slots is not None and release.rewrite_keys is not None:
-                self.storage.rewrite_keys(release.rewrite_slots, release.rewrite_keys)
+                self.dense.rewrite_keys(release.rewrite_slots, release.rewrite_keys)
             self.views.row_state.update(release.row_state)
-            self.storage.release(release.slot, over)
+            self.dense.release(release.slot, over)
         return output
+
+    @property
+    def shape(self) -> StoreShape:
+        """Describe what is stored."""
+        key, value = self.dense.table[KEY], self.dense.table[VALUE]
+        return StoreShape.of(key, value, batch=key.shape[0])
+
+    @property
+    def expected_nbytes(self) -> int:
+        """Return the bytes of keys and values by formula."""
+        return self.shape.dense_entry * self.ledger.capacity
 
     @property
     def _over(self) -> list[bool]:
@@ -270,24 +292,6 @@ class LayerStore:
         """Repeat every row ``repeats`` times, copies side by side."""
         rows = torch.arange(len(self.ledger.tokens)).repeat_interleave(repeats)
         self.select_rows(rows)
-
-
-def _gather(group: RowGroup, choice: Selection | None) -> RowGroup:
-    """Take the chosen entries, with the policy's replacements for keys or values."""
-    if choice is None:
-        return group
-
-    def take(tensor: Tensor) -> Tensor:
-        index = choice.index.view(*choice.index.shape, *[1] * (tensor.dim() - 3))
-        return tensor.gather(2, index.expand(*choice.index.shape, *tensor.shape[3:]))
-
-    return RowGroup(
-        group.rows,
-        take(group.keys) if choice.keys is None else choice.keys,
-        take(group.values) if choice.values is None else choice.values,
-        take(group.positions),
-        {name: take(state) for name, state in group.slot_state.items()} | choice.slot_state,
-    )
 
 
 def _zeros(query: Tensor, value: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -59,6 +60,11 @@ class Method:
         options: "module:attribute" of the `Options` class.
         default_budget: slots per layer and KV head when the user gives no budget; None if the
             method takes none.
+        lossless: options under which the output is the plain model's, for a method that no budget
+            makes so.
+        contract: options under which the contract suite's tiny models (head_dim 16, or 32 where
+            entries are stored in a form of their own; prompts of 33 to 97 tokens, 24 new ones)
+            exercise the method.
     """
 
     id: str
@@ -71,6 +77,8 @@ class Method:
     needs: Needs = Needs()
     default_budget: int | None = 2048
     summary: str = ""
+    lossless: Mapping[str, Any] = field(default_factory=dict)
+    contract: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.id or self.id != canonical(self.id):

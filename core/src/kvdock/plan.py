@@ -9,9 +9,11 @@ from typing import Any
 from torch import Tensor
 
 from kvdock.budget import Budget
+from kvdock.errors import UnsupportedError
 from kvdock.kernels import DenseBackend
 from kvdock.layout import BatchLayout
 from kvdock.policy import AttentionParams, AttentionPolicy, CachePolicy, ModelFacts
+from kvdock.storage_policy import ChannelPolicy, FormatPolicy, StoragePolicy
 
 
 @dataclass(eq=False)
@@ -21,6 +23,7 @@ class DockPlan:
     Args:
         cache_policy: None keeps every entry (sparse prefill alone).
         attention_policy: None means dense prefill.
+        channel_policy, format_policy: None where entries are stored as the model made them.
         managed: model layer indices whose cache kvdock holds, in order.
     """
 
@@ -33,6 +36,8 @@ class DockPlan:
     facts: ModelFacts
     config: Any
     managed: tuple[int, ...]
+    channel_policy: ChannelPolicy | None = None
+    format_policy: FormatPolicy | None = None
     attached: bool = True
 
     def __deepcopy__(self, memo: dict[int, Any]) -> DockPlan:
@@ -41,8 +46,23 @@ class DockPlan:
 
     @property
     def window(self) -> int:
-        """Return the number of last prompt queries the policy reads."""
-        return self.cache_policy.query_window if self.cache_policy else 0
+        """Return the number of last prompt queries the policies read."""
+        readers = (self.cache_policy, self.channel_policy)
+        return max((reader.query_window for reader in readers if reader is not None), default=0)
+
+    @property
+    def storage_policy(self) -> StoragePolicy | None:
+        """Return the policy whose storage holds the entries; None for dense storage."""
+        return self.format_policy or self.channel_policy
+
+    def check_formatted(self, params: AttentionParams) -> None:
+        """Refuse a model whose scores a storage policy's kernels cannot compute."""
+        if not params.plain:
+            raise UnsupportedError(
+                f"{'+'.join(self.methods)} attends over packed entries with plain scaled scores;"
+                " this model caps its scores or has learned sinks. Use a method that stores"
+                " entries as they are, such as snapkv."
+            )
 
     def layer_slots(self, tokens: int, slot_bytes: int) -> Sequence[int]:
         """Return each managed layer's allowance for a row of ``tokens`` tokens.
@@ -67,7 +87,9 @@ class DockPlan:
         kernel gives them.
         """
         if self.attention_policy is not None:
-            return self.attention_policy.prefill(query, key, value, params, layer=layer), None
+            output = self.attention_policy.prefill(query, key, value, params, layer=layer)
+            if output is not None:
+                return output, None
         if not params.plain:
             return self.fallback.attend(query, key, value, params), None
         if self.cache_policy is not None and self.cache_policy.reads_lse:

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from kvdock.budget import Budget
@@ -45,6 +46,9 @@ class ModelFacts:
     rotate_reason: str = ""
     """Why ``rotate`` is None."""
     config: Any = None
+    device: torch.device | None = None
+    dtype: torch.dtype | None = None
+    head_dim: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -257,6 +261,12 @@ class CachePolicy(BudgetAllocator):
 class AttentionPolicy(ABC):
     """Compute prefill attention in the method's own way; dense attention otherwise."""
 
+    def bind(self, facts: ModelFacts, backend: str | None) -> None:
+        """Take the model's facts and the kernel `attach` was asked for, None for the fastest.
+
+        Raise ``UnsupportedError`` where the model or the kernel does not fit.
+        """
+
     @abstractmethod
     def prefill(
         self,
@@ -266,13 +276,15 @@ class AttentionPolicy(ABC):
         params: AttentionParams,
         *,
         layer: int,
-    ) -> Tensor:
-        """Attend with the last queries of a clean sequence.
+    ) -> Tensor | None:
+        """Attend with the last queries of clean sequences of equal length.
 
         Args:
-            query: [b, H, Q, D], the last Q tokens of the sequence.
-            key, value: [b, K, N, D], all N ≥ Q tokens, in order.
+            query: [b, H, Q, D], the last Q tokens of each sequence.
+            key, value: [b, K, N, D], all N ≥ Q tokens, in order. All three may be views of any
+                strides.
 
         Returns:
-            [b, Q, H, D], contiguous.
+            [b, Q, H, D], contiguous; None where dense attention should do it: a prompt too short
+            to gain, or scores that are not ``params.plain``.
         """

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from kvdock.cache import DockCache
-from kvdock.dense import KEY, VALUE
 from kvdock.errors import AccountingError
 
 
@@ -65,7 +64,8 @@ class Report:
 
 def held_bytes(cache: DockCache) -> int:
     """Return the bytes allocated for keys and values over the managed layers."""
-    return sum(layer.store.storage.nbytes for layer in cache.docked if layer.is_initialized)
+    stores = (layer.store for layer in cache.docked if layer.is_initialized)
+    return sum(store.storage.nbytes for store in stores if not store.storage.empty)
 
 
 def make_report(
@@ -80,10 +80,7 @@ def make_report(
         store = layer.store
         if store.storage.empty:
             continue
-        key, value = store.storage.table[KEY], store.storage.table[VALUE]
-        rows_heads = key.shape[0] * key.shape[1]
-        entry = key.shape[-1] * key.element_size() + value.shape[-1] * value.element_size()
-        expected = rows_heads * entry * store.ledger.capacity
+        expected = store.expected_nbytes
         slots, held = max(store.storage.live), store.storage.nbytes
         agree = held == expected and store.storage.live == store.ledger.live
         if not store.open and not agree:
@@ -95,7 +92,7 @@ def make_report(
             )
         layers.append(LayerReport(index, store.columns, slots, held))
         predicted += held if store.open else expected
-        full += rows_heads * entry * store.columns
+        full += store.shape.dense_entry * store.columns
         state += store.storage.state_nbytes
         state += sum(tensor.untyped_storage().nbytes() for tensor in store.views.row_state.values())
     held_total = held_bytes(cache)

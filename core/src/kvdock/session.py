@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from kvdock.formatted import FormattedStore
 from kvdock.layer import LayerStore
 from kvdock.layout import BatchLayout
 from kvdock.plan import DockPlan
@@ -35,7 +36,12 @@ class Session:
     """What a policy shares between layers during one prompt."""
 
     def __post_init__(self) -> None:
-        self.stores = [LayerStore(self.plan, rank) for rank in range(len(self.plan.managed))]
+        self.stores = [self.new_store(rank) for rank in range(len(self.plan.managed))]
+
+    def new_store(self, rank: int) -> LayerStore:
+        """Return the empty store of one layer."""
+        dense = self.plan.storage_policy is None
+        return LayerStore(self.plan, rank) if dense else FormattedStore(self.plan, rank)
 
     @property
     def columns(self) -> int:
@@ -111,7 +117,7 @@ class Session:
                 layers=len(self.stores),
                 row=row,
                 lengths=tuple(store.storage.live[row] for store in seen),
-                slot_state=tuple(store.storage.slot_state(row) for store in seen),
+                slot_state=tuple(store.dense.slot_state(row) for store in seen),
                 turn=self.turn,
                 shared=self.shared,
             )

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from kvdock.layout import BatchLayout
 from kvdock.policy import AttentionParams
 
 
@@ -23,6 +22,7 @@ class RowGroup:
         rows: rows of the batch.
         keys, values: [b, K, N, D]. positions: int64 [b, K, N].
         slot_state: [b, K, N, ...] per name.
+        channels: the key channels a `ChannelPolicy` chose, int64 [b, K, D'], ascending.
     """
 
     rows: tuple[int, ...]
@@ -30,6 +30,7 @@ class RowGroup:
     values: Tensor
     positions: Tensor
     slot_state: dict[str, Tensor] = field(default_factory=dict)
+    channels: Tensor | None = None
 
     @property
     def length(self) -> int:
@@ -51,40 +52,27 @@ def grown_capacity(capacity: int, need: int, limit: int | None) -> int:
 
 
 class KVStorage(ABC):
-    """Hold one layer's entries for a whole batch; subclass it for a format of its own."""
+    """Hold one layer's entries for a whole batch, from each row's first real token on."""
 
     live: list[int]
     """Entries each row holds."""
 
+    @property
     @abstractmethod
-    def fill(self, groups: Sequence[RowGroup]) -> None:
-        """Replace all entries by those of ``groups``, which cover every row once."""
+    def empty(self) -> bool:
+        """Say whether nothing was ever stored."""
 
     @abstractmethod
-    def extend(self, layout: BatchLayout, key: Tensor, value: Tensor, starts: list[int]) -> None:
-        """Append a forward's real tokens, row by row; row b's first has position ``starts[b]``."""
-
-    @abstractmethod
-    def append_step(
-        self, key: Tensor, value: Tensor, positions: list[int], limit: int | None
-    ) -> None:
-        """Append one real token per row, [B, K, 1, D], into its released or next free slot."""
+    def append_step(self, key: Tensor, value: Tensor, positions: list[int], capacity: int) -> None:
+        """Append one real token per row, [B, K, 1, D], with room for ``capacity`` entries a row."""
 
     @abstractmethod
     def attend_step(self, query: Tensor, params: AttentionParams) -> Tensor:
         """Attend with one query per row over all live entries: [B, H, 1, D] → [B, 1, H, D]."""
 
     @abstractmethod
-    def release(self, slot: Tensor, over: list[bool]) -> None:
-        """Empty one slot [B, K] in each row that is ``over``; the next step overwrites it."""
-
-    @abstractmethod
-    def put_state(self, states: dict[str, Tensor], row: int | None = None) -> None:
-        """Write the policy's per-entry tensors [b, K, N, ...] of one row, or of all."""
-
-    @abstractmethod
     def row(self, index: int) -> RowGroup:
-        """Return one row's live entries in the order of their positions."""
+        """Return one row's live entries in the model's dtype, in the order of their positions."""
 
     @abstractmethod
     def select_rows(self, index: Tensor, order: list[int]) -> None:
@@ -102,12 +90,48 @@ class KVStorage(ABC):
     def kept_positions(self) -> Tensor:
         """Return int64 [B, K, C], ascending, −1 for empty slots."""
 
+    @abstractmethod
+    def tensors(self) -> dict[str, Tensor]:
+        """Return every allocated tensor by name."""
+
     @property
     @abstractmethod
     def nbytes(self) -> int:
-        """Return the bytes allocated for keys and values."""
+        """Return the bytes allocated for keys and values, codes and scales included."""
 
     @property
     @abstractmethod
     def state_nbytes(self) -> int:
-        """Return the bytes allocated for positions and the policy's own per-entry tensors."""
+        """Return the bytes allocated for positions, indices and a policy's per-entry tensors."""
+
+
+class PolicyStorage(KVStorage):
+    """Hold entries in the form a `StoragePolicy` gives them; subclass it in the method's package.
+
+    Memory is allocated for ``capacity`` entries a row and grows, by one copy, only when the core
+    names a larger one; ``nbytes`` then equals the policy's ``predicted_nbytes``.
+    """
+
+    @abstractmethod
+    def fill(self, groups: Sequence[RowGroup], capacity: int, *, ordered: bool) -> None:
+        """Store the first prompt's kept entries; ``groups`` cover every row once.
+
+        Keys are whole, also where channels are given. ``ordered`` is that of `StoreShape`.
+        """
+
+    @abstractmethod
+    def append(self, groups: Sequence[RowGroup], capacity: int) -> None:
+        """Put a later prompt's entries (none for some rows) behind the old ones, in order."""
+
+    @abstractmethod
+    def attend_past(
+        self, query: Tensor, rows: Sequence[int], params: AttentionParams
+    ) -> tuple[Tensor, Tensor]:
+        """Attend with many later queries over all live entries of some rows, without a mask.
+
+        Args:
+            query: [b, H, Q, D], b = len(rows).
+
+        Returns:
+            float32 [b, H, Q, D] and the natural log-sum-exps of the scores, float32 [b, H, Q].
+        """

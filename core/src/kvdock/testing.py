@@ -19,6 +19,7 @@ from transformers.modeling_utils import AttentionInterface
 
 import kvdock
 from kvdock.attach import Dock
+from kvdock.method import Method
 from kvdock.registry import default_host
 from kvdock.testing_models import FAMILIES, left_padded, tiny_model
 
@@ -43,15 +44,38 @@ class Case:
     budget: int | str = BUDGET
     options: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def records(self) -> list[Method]:
+        """Return the records of the composed methods."""
+        return [default_host().load(id) for id in self.method.split("+")]
+
+    @property
+    def kinds(self) -> set[str]:
+        """Return the kinds of the composed methods."""
+        return {record.kind for record in self.records}
+
     def model(self) -> PreTrainedModel:
         """Return the case's model, always the same."""
-        return tiny_model(self.family)
+        own_form = self.kinds & {"quantisation", "channel-pruning"}
+        return tiny_model(self.family, **({"head_dim": 32} if own_form else {}))
 
     def attach(self, model: PreTrainedModel, **changes: Any) -> Dock:
         """Attach the method; ``changes`` override budget and options."""
-        return kvdock.attach(
-            model, self.method, **{"budget": self.budget, **self.options, **changes}
-        )
+        settings = {"budget": self.budget, **self._options("contract"), **self.options, **changes}
+        if not any(record.default_budget for record in self.records):
+            del settings["budget"]
+        return kvdock.attach(model, self.method, **settings)
+
+    def attach_lossless(self, model: PreTrainedModel) -> Dock:
+        """Attach the method so that the output has to be the plain model's."""
+        return self.attach(model, budget=4096, **self._options("lossless"))
+
+    def _options(self, kind: str) -> dict[str, Any]:
+        return {
+            f"{record.id}.{name}": value
+            for record in self.records
+            for name, value in getattr(record, kind).items()
+        }
 
 
 def generate(model: Any, batch: dict[str, Tensor], **kwargs: Any) -> Tensor:
@@ -67,10 +91,10 @@ def alone(row: Tensor) -> dict[str, Tensor]:
 
 
 def check_generous_budget(case: Case) -> None:
-    """With a budget of at least the prompt, tokens are the plain model's."""
+    """With a budget of at least the prompt, or lossless options, tokens are the plain model's."""
     model, (batch, _) = case.model(), left_padded(LENGTHS)
     plain = generate(model, batch)
-    with case.attach(model, budget=4096) as dock:
+    with case.attach_lossless(model) as dock:
         same = generate(model, batch)
         report = dock.report()
     assert torch.equal(same, plain), "output differs from the plain model's"
@@ -89,7 +113,7 @@ def check_padded_batch(case: Case) -> None:
 
 def check_prefill_exact(case: Case) -> None:
     """Compression never changes the prompt's own logits, bit for bit."""
-    if "sparse-prefill" in {default_host().load(id).kind for id in case.method.split("+")}:
+    if "sparse-prefill" in case.kinds:
         return
     model, (_, rows) = case.model(), left_padded(LENGTHS)
     with torch.no_grad():
@@ -101,7 +125,7 @@ def check_prefill_exact(case: Case) -> None:
 
 def check_chunked_prefill(case: Case) -> None:
     """A prompt fed in chunks gives the tokens of the prompt in one piece, if the method says so."""
-    if not all(default_host().load(id).capabilities.exact_chunks for id in case.method.split("+")):
+    if not all(record.capabilities.exact_chunks for record in case.records):
         return
     model, (batch, _) = case.model(), left_padded(LENGTHS)
     with case.attach(model):
@@ -119,11 +143,10 @@ def check_memory(case: Case) -> None:
         report = dock.report()  # raises when held and predicted bytes differ
         assert dock.cache is not None
         for layer in dock.cache.docked:
-            for name, tensor in layer.store.storage.table.items():
+            for name, tensor in layer.store.storage.tensors().items():
                 allocated = tensor.untyped_storage().nbytes()
                 assert allocated == tensor.numel() * tensor.element_size(), f"{name} keeps a view"
-    kinds = {default_host().load(id).kind for id in case.method.split("+")}
-    if kinds != {"sparse-prefill"}:
+    if case.kinds != {"sparse-prefill"}:
         assert report.bytes_after_prefill is not None
         full = _prompt_bytes(model, LENGTHS)
         assert report.bytes_after_prefill < full, "nothing was freed"

@@ -68,7 +68,7 @@ def extend(draw, storage, model):
 
 def step(draw, storage, model):
     numbers, keys = model.numbers(len(model.rows), HEADS, 1)
-    storage.append_step(keys, -keys, list(model.tokens), None)
+    storage.append_step(keys, -keys, list(model.tokens), max(storage.live) + 1)
     for row in range(len(model.rows)):
         model.append(row, numbers[row])
 
@@ -159,7 +159,7 @@ def test_policy_state_moves_with_its_entries():
     storage, (numbers, keys) = DenseStorage(), Model(2).numbers(2, HEADS, 3)
     position = torch.arange(3).expand(2, HEADS, 3)
     storage.fill([RowGroup((0, 1), keys, -keys, position, {"mass": numbers.float()})])
-    storage.append_step(keys[:, :, :1], -keys[:, :, :1], [3, 3], None)
+    storage.append_step(keys[:, :, :1], -keys[:, :, :1], [3, 3], 4)
     assert storage.slot_state()["mass"][..., 3].tolist() == [[0.0, 0.0], [0.0, 0.0]]
     storage.release(torch.tensor([[0, 1], [2, 3]]), [True, True])
     first, second = storage.row(0), storage.row(1)
