@@ -261,7 +261,7 @@ class CachePolicy(BudgetAllocator):
 class AttentionPolicy(ABC):
     """Compute prefill attention in the method's own way; dense attention otherwise."""
 
-    def bind(self, facts: ModelFacts, backend: str | None) -> None:
+    def bind(self, facts: ModelFacts, backend: str | None) -> None:  # noqa: B027  (optional)
         """Take the model's facts and the kernel `attach` was asked for, None for the fastest.
 
         Raise ``UnsupportedError`` where the model or the kernel does not fit.
