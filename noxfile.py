@@ -17,9 +17,9 @@ ROOT = Path(__file__).parent.resolve()
 TOOLS = nox.project.load_toml(ROOT / "pyproject.toml")
 ENVIRONMENTS = sorted(path.parent.name for path in ROOT.glob("envs/*/requirements.in"))
 COMPANIONS = {
-    # a sparse prefill is also tested together with a method that evicts after it
-    "flexprefill": ("snapkv", "streamingllm"),
-    "xattention": ("snapkv", "streamingllm"),
+    # a sparse prefill is also tested together with methods that compress the cache after it
+    "flexprefill": ("kivi", "snapkv", "streamingllm"),
+    "xattention": ("kivi", "snapkv", "streamingllm"),
 }
 FLOOR = ("pluggy==1.6.0", "typer==0.26.0")
 """The lowest versions that core/pyproject.toml allows."""
@@ -120,6 +120,17 @@ def add_tests(environment: str) -> None:
 
 for name in ENVIRONMENTS:
     add_tests(name)
+
+
+@nox.session(tags=["test"], reuse_venv=True)
+def kernels(session: nox.Session) -> None:
+    """Run every package's Triton kernels in Triton's interpreter, against float64."""
+    lines = (ROOT / "envs" / "general" / "gpu.in").read_text().splitlines()
+    triton = [line for line in lines if line.startswith("triton==")]
+    plugins = [part for id in sorted(PLUGINS) for part in ("-e", f"plugins/{id}")]
+    session.install(*pins("general"), "-e", "core", *plugins, *group("test"), *triton)
+    folders = ["core/tests", *(f"plugins/{id}/tests" for id in sorted(PLUGINS))]
+    session.run("pytest", "-m", "interpret", *folders, *session.posargs)
 
 
 @nox.session(default=False, reuse_venv=True)
