@@ -6,6 +6,7 @@ width. Queries are the last Q of N tokens.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -74,17 +75,22 @@ def lists_from_mask(mask: Tensor, block: int = BLOCK) -> BlockLists:
 
     Unselected blocks follow the selected ones, so every entry is a valid block number.
     """
-    if mask.is_cuda:
-        from kvdock.kernels.blocks_triton import compact, usable
-
-        if usable():
-            return BlockLists(*compact(mask), block)
+    if mask.is_cuda and (compact := _fused()) is not None:
+        return BlockLists(*compact(mask), block)
     chosen = mask.cumsum(-1, dtype=torch.int32)
     column = torch.arange(mask.shape[-1], dtype=torch.int32, device=mask.device)
     count = chosen[..., -1]
     place = torch.where(mask, chosen - 1, count[..., None] + column - chosen)
     index = torch.empty_like(chosen).scatter_(-1, place.long(), column.expand_as(chosen))
     return BlockLists(count.contiguous(), index, block)
+
+
+def _fused() -> Callable[[Tensor], tuple[Tensor, Tensor]] | None:
+    try:
+        from kvdock.kernels.blocks_triton import compact
+    except ImportError:  # torch without triton
+        return None
+    return compact
 
 
 def mask_from_lists(lists: BlockLists, key_blocks: int) -> Tensor:

@@ -46,11 +46,18 @@ def _reference(
     return ReferenceSparse()
 
 
+def _triton(device: torch.device, dtype: torch.dtype, head_dim: int, block: int) -> SparseBackend:
+    from kvdock.kernels.sparse_triton import load_triton
+
+    return load_triton(device, dtype, head_dim, block)
+
+
 SPARSE_BACKENDS: dict[str, Loader] = {
+    "triton": _triton,
     "reference": _reference,
 }
 
-FASTEST_FIRST = ("reference",)
+FASTEST_FIRST = ("triton", "reference")
 """What a choice left open takes: the first that is usable."""
 
 

@@ -1,0 +1,317 @@
+"""Block-sparse attention in Triton: one program per block of queries and head.
+
+A program takes the last listed block first, with a mask: only the diagonal block holds keys that
+some of its queries do not see, and it gives every query a finite maximum at once. All other blocks
+are seen whole, so that the loop over them masks nothing.
+
+Shapes: b rows, H query heads, K key/value heads, Q queries, N keys, D head_dim, M block rows.
+"""
+
+# ruff: noqa: ANN001, ANN202  (a kernel's arguments are the compiler's values, not Python's)
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from kvdock.errors import UnsupportedError
+from kvdock.kernels.blocks import BlockLists
+from kvdock.kernels.sparse import check_call
+from kvdock.policy import AttentionParams
+
+LOG2E = math.log2(math.e)
+LARGEST_HEAD = {torch.bfloat16: 256, torch.float16: 256, torch.float32: 128}
+SMALLEST_BLOCK = 16
+
+
+@dataclass(frozen=True, slots=True)
+class SparseTile:
+    """Say how one program is cut.
+
+    Args:
+        queries: of a block, the rows of one program; keys: of a block, those of one step.
+        registers: a cap per thread, so that two programs share a multiprocessor.
+        descriptors: load keys and values by the tensor memory accelerator (Hopper and newer).
+        ahead: multiply the next step's scores while this step's exponentials are taken.
+        specialize: let some warps load while the others compute.
+        by_head: run all rows of a key/value head before the next one's, rather than all heads of a
+            row before the next row's.
+    """
+
+    queries: int = 128
+    keys: int = 128
+    warps: int = 8
+    stages: int = 2
+    registers: int | None = None
+    descriptors: bool = False
+    ahead: bool = False
+    specialize: bool = False
+    by_head: bool = True
+
+
+class TritonSparse:
+    """Attend over listed blocks with the kernel of this module."""
+
+    name = "triton"
+
+    def __init__(self, tile: SparseTile | None = None) -> None:
+        self.tile = tile
+
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        lists: BlockLists,
+        params: AttentionParams,
+    ) -> Tensor:
+        """Attend over the listed blocks; see `SparseBackend.attend`."""
+        return block_sparse(query, key, value, lists, params, tile=self.tile)[0]
+
+
+def load_triton(
+    device: torch.device, dtype: torch.dtype, head_dim: int, block: int
+) -> TritonSparse:
+    """Return the backend; raises ``UnsupportedError`` where the kernel cannot serve."""
+    if device.type != "cuda":
+        raise UnsupportedError(f"it needs a GPU that Triton compiles for, found {device.type!r}")
+    if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
+        raise UnsupportedError("it needs compute capability 8.0 or newer")
+    if head_dim > LARGEST_HEAD.get(dtype, 0):
+        raise UnsupportedError(
+            f"it serves float16 and bfloat16 up to head_dim 256 and float32 up to 128, found"
+            f" {dtype} and {head_dim}"
+        )
+    if block < SMALLEST_BLOCK:
+        raise UnsupportedError(f"it needs blocks of {SMALLEST_BLOCK} or more, found {block}")
+    return TritonSparse()
+
+
+def block_sparse(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lists: BlockLists,
+    params: AttentionParams,
+    *,
+    tile: SparseTile | None = None,
+    with_lse: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Return the output [b, Q, H, D] and, if asked for, the log-sum-exps, float32 [b, H, Q]."""
+    grid = check_call(query, key, value, lists, params)
+    query, key, value = (_rows_contiguous(states) for states in (query, key, value))
+    index = _rows_contiguous(lists.index)
+    count = lists.count.contiguous()
+    b, heads, q_length, d = query.shape
+    kv_heads, n = key.shape[1], key.shape[2]
+    output = torch.empty(b, q_length, heads, d, dtype=query.dtype, device=query.device)
+    lse = torch.empty(
+        (b, heads, q_length) if with_lse else (b,), dtype=torch.float32, device=query.device
+    )
+    padded = max(16, triton.next_power_of_2(d))
+    tile = tile or default_tile(query, lists.block)
+    if tile.descriptors and not (takes_descriptors(key) and takes_descriptors(value)):
+        tile = replace(tile, descriptors=False, specialize=False)
+    rows, keys = min(tile.queries, lists.block), min(tile.keys, lists.block)
+    programs = (heads * grid.rows * (lists.block // rows),)
+    with torch.cuda.device_of(query):
+        for row in range(b):  # a row of its own: a descriptor spans one row's keys
+            k_source: Any = key[row]
+            v_source: Any = value[row]
+            if tile.descriptors:
+                k_source, v_source = (_descriptor(s, keys, padded) for s in (k_source, v_source))
+            _attend_row[programs](
+                query[row], k_source, v_source, output[row], lse[row], count[row], index[row],
+                *query.stride()[1:3], *key.stride()[1:3], *value.stride()[1:3],
+                *index.stride()[1:3], heads, grid.rows, grid.first, grid.offset, q_length, n,
+                params.scaling * LOG2E,
+                GROUP=heads // kv_heads, HEAD_DIM=d, PADDED=padded,
+                BLOCK=lists.block, ROWS=rows, KEYS=keys, STAGES=tile.stages,
+                DESCRIPTORS=tile.descriptors, AHEAD=tile.ahead, SPECIALIZE=tile.specialize,
+                BY_HEAD=tile.by_head, LSE=with_lse, UPCAST=_upcast(query),
+                num_warps=tile.warps, num_stages=tile.stages, maxnreg=tile.registers,
+            )  # fmt: skip
+    return output, lse if with_lse else None
+
+
+def default_tile(query: Tensor, block: int) -> SparseTile:
+    """Return a tile that fits the data type, the head and the device."""
+    wide = query.shape[-1] > 128
+    if query.dtype == torch.float32 or not query.is_cuda:
+        return SparseTile(queries=32 if wide else 64, keys=32, warps=4, stages=1)
+    if wide:
+        return SparseTile(queries=64, keys=64, warps=4, stages=2)
+    if torch.version.hip is None and torch.cuda.get_device_capability(query.device) >= (9, 0):
+        return SparseTile(queries=128, keys=128, warps=8, stages=2)
+    return SparseTile(queries=128, keys=64, warps=4, stages=2)
+
+
+def takes_descriptors(states: Tensor) -> bool:
+    """Say whether the tensor memory accelerator can read [b, heads, N, D] row by row."""
+    d, size = states.shape[-1], states.element_size()
+    aligned = all(stride * size % 16 == 0 for stride in states.stride()[:3])
+    whole = d == max(16, triton.next_power_of_2(d))
+    near = states.shape[1] * states.stride(1) < 2**31
+    return aligned and whole and near and states.data_ptr() % 16 == 0
+
+
+def _descriptor(states: Tensor, keys: int, width: int) -> TensorDescriptor:
+    """Describe [heads, N, D] as N rows whose columns reach over all heads, whatever the strides."""
+    heads, n, d = states.shape
+    columns = (heads - 1) * states.stride(0) + d
+    return TensorDescriptor(states, [n, columns], [states.stride(1), 1], [keys, width])
+
+
+@triton.jit
+def _rows(
+    source, head_offset, start, stride, n, d, length,
+    HEAD_DIM: tl.constexpr, PADDED: tl.constexpr, WHOLE: tl.constexpr, DESCRIPTORS: tl.constexpr,
+):  # fmt: skip
+    """Load rows ``start …`` of one head, [KEYS, PADDED]; what does not exist is zero."""
+    if DESCRIPTORS:
+        return source.load([start, head_offset])
+    base = source + head_offset + tl.cast(start, tl.int64) * stride
+    offset = n[:, None] * stride + d[None, :]
+    if WHOLE and HEAD_DIM == PADDED:
+        return tl.load(base + offset)
+    if WHOLE:
+        return tl.load(base + offset, mask=(d < HEAD_DIM)[None, :], other=0.0)
+    inside = (start + n < length)[:, None] & (d < HEAD_DIM)[None, :]
+    return tl.load(base + offset, mask=inside, other=0.0)
+
+
+@triton.jit
+def _scores(query, key, UPCAST: tl.constexpr):
+    if UPCAST:
+        key = key.to(tl.float32)
+    return tl.dot(query, tl.trans(key), input_precision="ieee")
+
+
+@triton.jit
+def _accumulate(total, top, states, scores, value, scale, UPCAST: tl.constexpr):
+    """Take one step's scores and values into the running sum, maximum and output."""
+    higher = tl.maximum(top, tl.max(scores, 1) * scale)  # the scale is positive
+    share = tl.exp2(scores * scale - higher[:, None])
+    fade = tl.exp2(top - higher)
+    total = total * fade + tl.sum(share, 1)
+    states = states * fade[:, None]
+    if UPCAST:
+        value = value.to(tl.float32)
+    states = tl.dot(share.to(value.dtype), value, states, input_precision="ieee")
+    return total, higher, states
+
+
+@triton.jit
+def _attend_row(
+    q, k, v, out, lse, count, index,
+    q_head, q_row, k_head, k_row, v_head, v_row, i_head, i_row,
+    heads, block_rows, first_block, past, q_length, k_length, scale,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, PADDED: tl.constexpr,
+    BLOCK: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, AHEAD: tl.constexpr, SPECIALIZE: tl.constexpr,
+    BY_HEAD: tl.constexpr, LSE: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Attend for ROWS queries of one head; rows with long lists, the last, start first."""
+    PARTS: tl.constexpr = BLOCK // ROWS
+    STEPS: tl.constexpr = BLOCK // KEYS
+    program = tl.program_id(0)
+    part = program % PARTS
+    program = program // PARTS
+    if BY_HEAD:  # the heads of a group side by side: they read the same keys
+        member = program % GROUP
+        block_row = block_rows - 1 - (program // GROUP) % block_rows
+        head = program // GROUP // block_rows * GROUP + member
+    else:
+        head = program % heads
+        block_row = block_rows - 1 - program // heads
+    kv_head = head // GROUP
+    listed = tl.load(count + head * block_rows + block_row)
+    entries = index + tl.cast(head, tl.int64) * i_head + tl.cast(block_row, tl.int64) * i_row
+
+    m, n, d = tl.arange(0, ROWS), tl.arange(0, KEYS), tl.arange(0, PADDED)
+    begin = (first_block + block_row) * BLOCK + part * ROWS
+    position = begin + m
+    real = (position >= past) & (position < k_length)
+    shown = real[:, None] & (d < HEAD_DIM)[None, :]
+    q_base = q + tl.cast(head, tl.int64) * q_head + tl.cast(begin - past, tl.int64) * q_row
+    query = tl.load(q_base + m[:, None] * q_row + d[None, :], mask=shown, other=0.0)
+    if UPCAST:
+        query = query.to(tl.float32)
+
+    total = tl.zeros([ROWS], tl.float32)
+    top = tl.full([ROWS], float("-inf"), tl.float32)
+    states = tl.zeros([ROWS, PADDED], tl.float32)
+    if DESCRIPTORS:  # a column of the descriptor
+        k_offset, v_offset = kv_head * k_head, kv_head * v_head
+    else:
+        k_offset = tl.cast(kv_head, tl.int64) * k_head
+        v_offset = tl.cast(kv_head, tl.int64) * v_head
+    last = tl.load(entries + tl.maximum(listed - 1, 0)) * BLOCK
+    end = tl.minimum(tl.minimum(last + BLOCK, begin + ROWS), k_length)
+    end = tl.where(listed > 0, end, last)
+    for start in tl.range(last, end, KEYS, num_stages=1):
+        key = _rows(k, k_offset, start, k_row, n, d, k_length, HEAD_DIM, PADDED, False, DESCRIPTORS)
+        value = _rows(
+            v, v_offset, start, v_row, n, d, k_length, HEAD_DIM, PADDED, False, DESCRIPTORS
+        )
+        scores = _scores(query, key, UPCAST)
+        column = start + n
+        seen = (column[None, :] <= position[:, None]) & (column < k_length)[None, :]
+        scores = tl.where(seen, scores, float("-inf"))
+        total, top, states = _accumulate(total, top, states, scores, value, scale, UPCAST)
+
+    steps = (listed - 1) * STEPS
+    start = tl.load(entries) * BLOCK
+    if AHEAD:
+        # one step more than there is work: the list goes on with the last block
+        key = _rows(k, k_offset, start, k_row, n, d, k_length, HEAD_DIM, PADDED, False, DESCRIPTORS)
+        scores = _scores(query, key, UPCAST)
+        for step in tl.range(0, steps, num_stages=STAGES, warp_specialize=SPECIALIZE):
+            after = tl.load(entries + (step + 1) // STEPS) * BLOCK + (step + 1) % STEPS * KEYS
+            key = _rows(
+                k, k_offset, after, k_row, n, d, k_length, HEAD_DIM, PADDED, False, DESCRIPTORS
+            )
+            following = _scores(query, key, UPCAST)
+            value = _rows(
+                v, v_offset, start, v_row, n, d, k_length, HEAD_DIM, PADDED, True, DESCRIPTORS
+            )
+            total, top, states = _accumulate(total, top, states, scores, value, scale, UPCAST)
+            scores, start = following, after
+    else:
+        for step in tl.range(0, steps, num_stages=STAGES, warp_specialize=SPECIALIZE):
+            key = _rows(
+                k, k_offset, start, k_row, n, d, k_length, HEAD_DIM, PADDED, True, DESCRIPTORS
+            )
+            value = _rows(
+                v, v_offset, start, v_row, n, d, k_length, HEAD_DIM, PADDED, True, DESCRIPTORS
+            )
+            # the next step's address is known one step early
+            start = tl.load(entries + (step + 1) // STEPS) * BLOCK + (step + 1) % STEPS * KEYS
+            scores = _scores(query, key, UPCAST)
+            total, top, states = _accumulate(total, top, states, scores, value, scale, UPCAST)
+
+    states = states * tl.where(total > 0, 1.0 / total, 0.0)[:, None]
+    out_row = tl.cast(heads, tl.int64) * HEAD_DIM
+    out_base = out + tl.cast(begin - past, tl.int64) * out_row + head * HEAD_DIM
+    tl.store(out_base + m[:, None] * out_row + d[None, :], states.to(out.dtype.element_ty), shown)
+    if LSE:
+        level = tl.where(total > 0, top + tl.log2(total), float("-inf")) / 1.4426950408889634
+        tl.store(lse + tl.cast(head, tl.int64) * q_length + (position - past), level, mask=real)
+
+
+def _rows_contiguous(states: Tensor) -> Tensor:
+    """Return states whose last dimension is contiguous, as the kernel's addresses assume."""
+    return states if states.stride(-1) == 1 else states.contiguous()
+
+
+def _upcast(states: Tensor) -> bool:
+    """Say whether to multiply in float32: the interpreter's NumPy knows no bfloat16."""
+    return os.environ.get("TRITON_INTERPRET") == "1" and states.dtype == torch.bfloat16
