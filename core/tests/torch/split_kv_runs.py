@@ -41,6 +41,7 @@ def runs():
     for dim in (16, 80, 96, 128):
         yield f"D={dim}", run((3,), 3, 7, dim, torch.float32, False)
     yield "float16", run((2,), 4, 3, 64, torch.float16, True)
+    yield "bfloat16", run((2,), 4, 3, 64, torch.bfloat16, False)
 
 
 print(json.dumps(dict(runs())))

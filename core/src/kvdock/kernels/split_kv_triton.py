@@ -9,6 +9,8 @@ Shapes: n leading dimensions in one, S splits, R query rows, D head_dim of the v
 
 from __future__ import annotations
 
+import os
+
 import torch
 import triton
 import triton.language as tl
@@ -19,7 +21,10 @@ def merge_splits(output: Tensor, lse: Tensor, dtype: torch.dtype) -> tuple[Tenso
     """Merge float32 [..., S, R, D] by natural log-sum-exps [..., S, R]."""
     *lead, splits, rows, dim = output.shape
     output, lse = output.contiguous(), lse.contiguous()
-    merged = torch.empty(*lead, rows, dim, dtype=dtype, device=output.device)
+    # the interpreter's NumPy knows no bfloat16
+    interpreted = dtype == torch.bfloat16 and os.environ.get("TRITON_INTERPRET") == "1"
+    stored = torch.float32 if interpreted else dtype
+    merged = torch.empty(*lead, rows, dim, dtype=stored, device=output.device)
     total = torch.empty(*lead, rows, dtype=torch.float32, device=output.device)
     block = min(64, max(16, triton.next_power_of_2(dim)))
     grid = (total.numel(), triton.cdiv(dim, block))
@@ -29,7 +34,7 @@ def merge_splits(output: Tensor, lse: Tensor, dtype: torch.dtype) -> tuple[Tenso
                 output, lse, merged, total, splits, rows, dim,
                 SPLITS=triton.next_power_of_2(splits), BLOCK=block, num_warps=4,
             )  # fmt: skip
-    return merged, total
+    return merged.to(dtype), total
 
 
 @triton.jit(do_not_specialize=["splits"])
