@@ -7,6 +7,7 @@ are seen whole, so that the loop over them masks nothing.
 Shapes: b rows, H query heads, K key/value heads, Q queries, N keys, D head_dim, M block rows.
 """
 
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 # ruff: noqa: ANN001, ANN202  (a kernel's arguments are the compiler's values, not Python's)
 
 from __future__ import annotations
