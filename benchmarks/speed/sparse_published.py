@@ -44,8 +44,8 @@ def _masked_everywhere(
 ):  # fmt: skip
     row, head = tl.program_id(0), tl.program_id(1)
     kv_head = head // GROUP
-    m = row * BLOCK + tl.arange(BLOCK)
-    n, d = tl.arange(KEYS), tl.arange(D)
+    m = row * BLOCK + tl.arange(0, BLOCK)
+    n, d = tl.arange(0, KEYS), tl.arange(0, D)
     q_offset = m.to(tl.int64)[:, None] * q_row + d[None, :]
     query = tl.load(q + head.to(tl.int64) * q_head + q_offset, mask=(m < length)[:, None])
     query = (query * scale).to(q.dtype.element_ty)
