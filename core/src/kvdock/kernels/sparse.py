@@ -64,10 +64,19 @@ def _flex(device: torch.device, dtype: torch.dtype, head_dim: int, block: int) -
     return load_flex(device, dtype, head_dim, block)
 
 
+def _flashinfer(
+    device: torch.device, dtype: torch.dtype, head_dim: int, block: int
+) -> SparseBackend:
+    from kvdock.kernels.sparse_flashinfer import load_flashinfer
+
+    return load_flashinfer(device, dtype, head_dim, block)
+
+
 SPARSE_BACKENDS: dict[str, Loader] = {
     "flash-attn-4": _flash,
     "triton": _triton,
     "flex": _flex,
+    "flashinfer": _flashinfer,
     "reference": _reference,
 }
 
