@@ -11,7 +11,10 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +37,12 @@ from kvdock_kivi.quantise import (
 )
 
 HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
+KINDS = [(2, 32, 128), (4, 32, 128), (2, 64, 128), (4, 128, 128), (2, 32, 32), (4, 32, 64)]
 TUNINGS = [
     Tuning(warps, stages, resident, registers)
     for warps, stages, resident, registers in (
-        (1, 1, 8, None), (1, 2, 8, None), (1, 3, 6, None), (1, 2, 12, 168), (1, 1, 12, 168),
-        (1, 1, 16, 128), (2, 2, 4, None), (2, 1, 6, 168), (4, 2, 2, None), (4, 1, 4, 128),
+        (1, 1, 8, None), (1, 2, 8, None), (1, 3, 6, None), (1, 2, 8, 200), (1, 1, 12, 168),
+        (1, 2, 16, None), (2, 2, 4, None), (2, 3, 4, None), (2, 2, 5, 192), (4, 2, 2, None),
     )
 ]  # fmt: skip
 
@@ -48,8 +52,11 @@ def main() -> None:
     args = _arguments()
     record: dict[str, Any] = {"environment": environment(triton=triton.__version__)}
     bandwidth = record["environment"]["copy_tb_per_s"]
+    guarded(lambda: compile_all(args.bits))
     print(f"{record['environment']['gpu']}, copy {bandwidth} TB/s", flush=True)
     record["checks"] = guarded(check)
+    if args.check:
+        return
     record["times"] = []
     for length, batch in itertools.product(args.lengths, args.batches):
         record["times"] += time_dense(length, batch, args.flex)
@@ -68,6 +75,36 @@ def guarded(run: Callable[[], Any]) -> Any:
         text = f"{type(error).__name__}: {error}"
         print(text[:400], flush=True)
         return text
+
+
+def compile_all(bits: list[int]) -> None:
+    """Compile the variants in processes of their own, into Triton's cache on disk."""
+    started = time.perf_counter()
+    jobs = [(b, 32, 128, 1, tuning) for b in bits for tuning in TUNINGS]
+    jobs += [(*kind, queries, None) for kind in KINDS for queries in (1, 9)]
+    with ProcessPoolExecutor(12, mp_context=get_context("spawn")) as pool:
+        for job, text in zip(jobs, pool.map(compile_one, jobs), strict=True):
+            if text:
+                print(f"{job}: {text[:200]}", flush=True)
+    print(f"compiled {len(jobs)} variants in {time.perf_counter() - started:.0f} s", flush=True)
+
+
+def compile_one(job: tuple[int, int, int, int, Tuning | None]) -> str:
+    """Run one variant on a small cache; return the error if it cannot run."""
+    bits, group, residual, queries, tuning = job
+    geometry, length = Geometry(bits, group, residual), 1024
+    like = torch.empty(0, dtype=torch.bfloat16, device="cuda")
+    dims = (HEAD_DIM, HEAD_DIM, HEAD_DIM)
+    cache = Packed.empty(geometry, (1, KV_HEADS), length, dims, like)
+    q = draw(1, HEADS, queries, HEAD_DIM)
+    row = torch.zeros(1, dtype=torch.int32, device="cuda")
+    size = torch.full((1,), length, dtype=torch.int32, device="cuda")
+    try:
+        attend(cache, geometry, q, q, row, size, length, 1.0, held=1, tuning=tuning)
+        torch.cuda.synchronize()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
 
 
 def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -141,9 +178,8 @@ def check() -> list[dict[str, Any]]:
         ([1000], 1), ([4096 + 77], 1), ([32768], 1), ([1000, 77, 4173, 129, 128, 300, 2048, 5], 1),
         ([4173, 700], 9), ([1000], 200),
     ]  # fmt: skip
-    kinds = [(2, 32, 128), (4, 32, 128), (2, 64, 128), (4, 128, 128), (2, 32, 32), (4, 32, 64)]
     print(f"{'case':>52} {'output':>9} {'lse':>9} {'peak':>9} same")
-    for (bits, group, residual), (lengths, queries) in itertools.product(kinds, cases):
+    for (bits, group, residual), (lengths, queries) in itertools.product(KINDS, cases):
         geometry = Geometry(bits, group, residual)
         usual = (group, residual) == (32, 128)
         for dtype in (torch.float16, torch.bfloat16) if usual else (torch.bfloat16,):
@@ -279,6 +315,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--residual", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--flex", action="store_true", help="time FlexAttention too (compiles)")
+    parser.add_argument("--check", action="store_true", help="stop after the comparison")
     parser.add_argument("--out", help="write the numbers to this JSON file")
     return parser.parse_args()
 

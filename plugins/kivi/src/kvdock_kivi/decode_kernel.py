@@ -1,12 +1,12 @@
 """Attention over a packed cache in Triton: codes are read as they lie, never unpacked to memory.
 
-A code stays where it lies in its word and is read as the bits of a float16: a code c at bit k is the
+A code stays where it lies in its word and is read as the bits of a float16: code c at bit k is the
 subnormal c·2^(k−24), exactly. One mask therefore turns two codes into two factors of a product, and
 the power of two comes out of the float32 result. Key scales go into the queries, value scales into
 the probabilities: q·(s⊙c + z) = (q⊙s)·c + q·z and Σ p(s·c + z) = (p⊙s)·c + p·z.
 
 A tensor core multiplies 16 rows at least and a group of query heads is smaller, so every query row
-is repeated once per group of value channels (``REPEAT``): each copy weighs the codes of all channels
+is repeated for every group of value channels (``REPEAT``): a copy weighs the codes of all channels
 with the scales of its own group, and writes the channels of that group only.
 
 Shapes: M rows of a program, D head_dim, Dk packed key channels, P planes, n tokens of a plane.
@@ -127,7 +127,11 @@ def _finite(top):
     return tl.where(top == float("-inf"), 0.0, top)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=[
+        "kv_heads", "queries", "count", "splits", "key_windows", "value_blocks", "rest", "held",
+    ]
+)  # fmt: skip
 def packed_attention(
     q_full, q_packed, key_codes, key_scale, key_zero, value_codes, value_scale, value_zero,
     key_rest, value_rest, rows, lengths, out, lse,
