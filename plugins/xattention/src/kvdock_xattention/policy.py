@@ -1,11 +1,10 @@
-"""XAttention's prefill: choose blocks, attend to them; dense attention where that is no gain.
+"""XAttention as an attention policy: choose blocks, then attend to them."""
 
-Shapes: b rows, H query heads, K key/value heads, Q queries at the end of N keys, D head_dim.
-"""
-
+import torch
 from torch import Tensor
 
 from kvdock.errors import UnsupportedError
+from kvdock.kernels.blocks import BLOCK
 from kvdock.kernels.sparse import SparseBackend, choose_sparse_backend
 from kvdock.policy import AttentionParams, AttentionPolicy, ModelFacts
 from kvdock_xattention.options import XAttentionOptions
@@ -20,10 +19,11 @@ class XAttentionPolicy(AttentionPolicy):
 
     def __init__(self, options: XAttentionOptions) -> None:
         self.options = options
-        self._backend: SparseBackend | None = None
+        self._requested: str | None = None
+        self._backends: dict[tuple[torch.device, torch.dtype, int], SparseBackend] = {}
 
     def bind(self, facts: ModelFacts, backend: str | None) -> None:
-        """Check the table of thresholds and choose the kernel."""
+        """Check the table of thresholds and find the kernel now, so that errors come early."""
         heads = getattr(facts.config, "num_attention_heads", None)
         given = len(self.options.thresholds)
         if given > 1 and heads is not None and given != heads:
@@ -31,10 +31,9 @@ class XAttentionPolicy(AttentionPolicy):
                 f"xattention: threshold has {given} values, but the model has {heads} query heads."
                 f" Give one number, or {heads}."
             )
+        self._requested, self._backends = backend, {}
         if facts.device is not None and facts.dtype is not None and facts.head_dim is not None:
-            self._backend = choose_sparse_backend(
-                backend, facts.device, facts.dtype, facts.head_dim
-            )
+            self._backend(facts.device, facts.dtype, facts.head_dim)
 
     def prefill(
         self,
@@ -45,12 +44,20 @@ class XAttentionPolicy(AttentionPolicy):
         *,
         layer: int,
     ) -> Tensor | None:
-        """Return [b, Q, H, D], or None where dense attention is right."""
-        if not params.plain or self.options.dense or key.shape[2] < self.options.dense_below:
+        """Attend to the chosen blocks; None where dense attention is faster, or alone right.
+
+        A few queries fill too little of their tiles for an estimate, and cost little.
+        """
+        few = query.shape[2] < BLOCK or key.shape[2] < self.options.dense_below
+        if few or self.options.dense or not params.plain:
             return None
-        if self._backend is None:
-            self._backend = choose_sparse_backend(
-                None, query.device, query.dtype, query.shape[-1]
-            )
+        backend = self._backend(query.device, query.dtype, query.shape[-1])
         lists = select(query, key, params, self.options)
-        return self._backend.attend(query, key, value, lists, params)
+        return backend.attend(query, key, value, lists, params)
+
+    def _backend(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> SparseBackend:
+        """Return the kernel for one device of the model; layers may live on several."""
+        place = (device, dtype, head_dim)
+        if place not in self._backends:
+            self._backends[place] = choose_sparse_backend(self._requested, device, dtype, head_dim)
+        return self._backends[place]
