@@ -14,6 +14,7 @@ Split 0 holds the newest tokens, as the model made them; the others share the pa
 """
 
 # ruff: noqa: ANN001, ANN201, ANN202, RUF005  (arguments and tuples are the compiler's, not Python's)
+# mypy: disable-error-code=assignment
 
 from __future__ import annotations
 

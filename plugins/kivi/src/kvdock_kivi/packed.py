@@ -65,3 +65,26 @@ class Packed:
     def tensors(self) -> dict[str, Tensor]:
         """Return every tensor by name."""
         return {item.name: getattr(self, item.name) for item in fields(self)}
+
+    def grown(self, geometry: Geometry, capacity: int) -> Packed:
+        """Return the same with room for ``capacity`` tokens; only tensors that grow are copied."""
+        dims = self.key_rest.shape[-1], self.key_codes.shape[-1], self.value_codes.shape[-1]
+        batch, kv_heads = self.key_codes.shape[:2]
+        meta = torch.empty(0, dtype=self.key_rest.dtype, device="meta")
+        wanted = Packed.empty(geometry, (batch, kv_heads), capacity, dims, meta).tensors()
+        return Packed(
+            **{name: _with_room(old, wanted[name]) for name, old in self.tensors().items()}
+        )
+
+    def select_rows(self, index: Tensor) -> Packed:
+        """Return the rows named, in that order."""
+        index = index.to(self.key_codes.device)
+        return Packed(**{name: x.index_select(0, index) for name, x in self.tensors().items()})
+
+
+def _with_room(old: Tensor, wanted: Tensor) -> Tensor:
+    if old.shape == wanted.shape:
+        return old
+    new = old.new_zeros(wanted.shape)
+    new[:, :, : old.shape[2]] = old
+    return new

@@ -29,7 +29,7 @@ def quantise_groups(x: Tensor, levels: int) -> tuple[Tensor, Tensor, Tensor]:
     sound = (x.abs() <= LARGEST).all(-1)
     low, high = low.where(sound, 0.0), high.where(sound, 0.0)
     scale = ((high - low) / levels).half()
-    zero = low.half()
+    zero = low.half() + 0.0  # one zero only: bytes must not depend on its sign
     step = scale.float()[..., None]
     code = (x - zero.float()[..., None]) / step.where(step > 0, 1.0)
     code = code.clamp(0, levels).round().where((step > 0) & sound[..., None], 0.0)
