@@ -128,7 +128,7 @@ def covering(mass, order, inside, gamma, least, most, WIDTH: tl.constexpr):
         high = tl.where(enough, high, middle)
     above, equal = bits > low, bits == low
     count = tl.sum(above.to(tl.int32), 0)
-    missing = target - tl.sum(tl.where(above, mass, 0.0), 0)
+    missing = tl.maximum(target - tl.sum(tl.where(above, mass, 0.0), 0), 0.0)
     each = tl.max(tl.where(equal, order, 0.0), 0)
     wanted = tl.where(each * WIDTH > missing, tl.ceil(missing / each), 1.0 * WIDTH).to(tl.int32)
     wanted = tl.minimum(tl.maximum(count + wanted, least), most) - count
