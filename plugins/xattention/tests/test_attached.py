@@ -92,7 +92,7 @@ def test_the_mask_matters():
 @pytest.mark.parametrize("changes", [{"threshold": 1.0}, {"dense_below": 702}])
 def test_dense_settings_are_the_plain_model(changes):
     model = tiny_model("llama")
-    batch, rows = left_padded((700, 301))
+    batch, _ = left_padded((700, 301))
     with kvdock.attach(model, "xattention", **{**OPTIONS, **changes}):
         logits, tokens = generate(model, batch, 3)
     plain, plain_tokens = generate(model, batch, 3)
@@ -126,12 +126,12 @@ def test_chunks_of_whole_blocks_give_what_one_forward_gives():
 @pytest.mark.parametrize("mode", ["exact", "compat"])
 def test_snapkv_compresses_what_sparse_attention_computed(mode):
     model = tiny_model("llama")
-    batch, rows = left_padded((700, 517))
+    batch, _ = left_padded((700, 517))
     options = {f"xattention.{name}": value for name, value in OPTIONS.items()}
     with kvdock.attach(
         model, "xattention+snapkv", budget=64, **options, **{"xattention.mode": mode}
     ) as dock:
-        logits, tokens = generate(model, batch, 4)
+        logits, _ = generate(model, batch, 4)
         report = dock.report()
         assert dock.kept_positions(0).shape[-1] == 64 + 3
     assert report.bytes_after_prefill == 3 * 2 * 2 * 64 * (16 + 16) * 4
