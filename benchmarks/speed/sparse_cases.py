@@ -10,10 +10,11 @@ from torch import Tensor
 
 from kvdock.kernels.blocks import BLOCK, BlockGrid, BlockLists, lists_from_mask
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
 SCALING = HEAD_DIM**-0.5
 HEAVY_EVERY = 512
-SHARPNESS = {"diffuse": 1.0, "sharp": 2.0}
+SHARPNESS = {"diffuse": 1.5, "sharp": 2.0}
 
 
 def states(
@@ -30,7 +31,7 @@ def states(
 
     def make(heads: int, length: int) -> Tensor:
         shape = (rows, length, heads, head_dim)
-        return torch.randn(shape, device="cuda", dtype=dtype).transpose(1, 2)
+        return torch.randn(shape, device=DEVICE, dtype=dtype).transpose(1, 2)
 
     return make(heads, queries), make(kv_heads, keys), make(kv_heads, keys)
 
@@ -40,14 +41,14 @@ def random_lists(
 ) -> BlockLists:
     """Return lists with block 0, the diagonal, and random blocks up to ``density``."""
     grid = BlockGrid(queries, keys, BLOCK)
-    row = torch.arange(grid.rows, device="cuda")[:, None] + grid.first
-    column = torch.arange(grid.key_blocks, device="cuda")
+    row = torch.arange(grid.rows, device=DEVICE)[:, None] + grid.first
+    column = torch.arange(grid.key_blocks, device=DEVICE)
     forced = (column == 0) | (column == row)
     needed = int((forced & (column <= row)).sum())
     free = max(grid.causal_blocks - needed, 1)
     share = min(max((density * grid.causal_blocks - needed) / free, 0.0), 1.0)
     shape = (rows, heads, grid.rows, grid.key_blocks)
-    mask = torch.rand(shape, device="cuda") < share
+    mask = torch.rand(shape, device=DEVICE) < share
     return lists_from_mask((mask | forced) & (column <= row), BLOCK)
 
 
@@ -58,21 +59,21 @@ def planted(length: int, sharpness: float, seed: int = 0) -> tuple[Tensor, Tenso
     score higher. The first key and every heavy key are added to along the directions of the
     queries that meet them; ``sharpness`` scales the queries.
     """
-    generator = torch.Generator("cuda").manual_seed(seed)
+    generator = torch.Generator(DEVICE).manual_seed(seed)
 
     def noise(*shape: int) -> Tensor:
-        return torch.randn(shape, device="cuda", generator=generator)
+        return torch.randn(shape, device=DEVICE, generator=generator)
 
     shared = noise(KV_HEADS, 1, HEAD_DIM)
-    shared = 6.0 * shared / shared.norm(dim=-1, keepdim=True)
+    shared = 9.0 * shared / shared.norm(dim=-1, keepdim=True)
     query = noise(KV_HEADS, HEADS // KV_HEADS, length, HEAD_DIM) + shared[:, None]
     query = _turn(query).mul_(sharpness)
     key = _turn(noise(KV_HEADS, length, HEAD_DIM) + shared)
     value = noise(KV_HEADS, length, HEAD_DIM)
     mean = query[:, :, length // 2 :].mean((1, 2))
     mean = mean / mean.norm(dim=-1, keepdim=True)
-    heavy = torch.randint(0, HEAVY_EVERY, (length // HEAVY_EVERY,), device="cuda")
-    heavy += HEAVY_EVERY * torch.arange(length // HEAVY_EVERY, device="cuda")
+    heavy = torch.randint(0, HEAVY_EVERY, (length // HEAVY_EVERY,), device=DEVICE)
+    heavy += HEAVY_EVERY * torch.arange(length // HEAVY_EVERY, device=DEVICE)
     key[:, heavy] += 8.0 * mean[:, None]
     key[:, 0] += 16.0 * mean
     return tuple(_as_model(x) for x in (query.flatten(0, 1), key, value))  # type: ignore[return-value]

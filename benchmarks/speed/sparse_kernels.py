@@ -104,7 +104,7 @@ def dense_calls(q: Tensor, k: Tensor, v: Tensor) -> Iterable[tuple[str, Callable
         except Exception as failure:
             print(f"dense {name}: not usable: {failure}", flush=True)
             continue
-        yield f"dense {name}", lambda backend=backend: backend.attend(q, k, v, PARAMS)
+        yield f"dense {name}", partial(backend.attend, q, k, v, PARAMS)
 
 
 def sparse_calls(
@@ -115,13 +115,11 @@ def sparse_calls(
 
     q, k, v = layer
     calls: dict[str, Callable[[], Any]] = {
-        name: lambda backend=backend: backend.attend(q, k, v, lists, PARAMS)
-        for name, backend in sparse.items()
+        name: partial(backend.attend, q, k, v, lists, PARAMS) for name, backend in sparse.items()
     }
     for keys in (64, 128):
-        calls[f"published design 128x{keys} (stand-in)"] = lambda keys=keys: published_design(
-            q, k, v, lists, SCALING, keys
-        )
+        name = f"published design 128x{keys} (stand-in)"
+        calls[name] = partial(published_design, q, k, v, lists, SCALING, keys)
     return calls
 
 
@@ -172,6 +170,7 @@ def variants(args: argparse.Namespace) -> Iterable[dict[str, Any]]:
     print(f"compiled and checked {len(candidates)} variants in {time.time() - start:.0f} s")
     cases = [(length, wanted) for length in args.lengths for wanted in (0.1, 0.3)][:3]
     rows: Rows = []
+    call: Callable[[], Any]
     for length, wanted in cases:
         layer, lists = states(length, length), random_lists(length, length, wanted)
         share = float(density(lists, length, length).mean())
