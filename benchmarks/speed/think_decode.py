@@ -31,7 +31,7 @@ from kvdock_think.channels import kept_channels
 from kvdock_think.kernels import Tile, attend
 from kvdock_think.storage import ThinKStorage
 
-HEADS, KV_HEADS, HEAD_DIM, RECENT = 32, 8, 128, 32
+HEADS, KV_HEADS, HEAD_DIM, RECENT, BLOCK = 32, 8, 128, 32, 128
 COLD_BYTES = 256 * 2**20
 """Bytes that one walk over the layers reads at least, five times the level-2 cache."""
 TILES = (
@@ -106,7 +106,7 @@ def _error(
 ) -> float:
     """Return the largest error of output and log-sum-exp after some steps."""
     torch.manual_seed(sum(lengths))
-    storage = ThinKStorage(RECENT)
+    storage = ThinKStorage(RECENT, BLOCK)
     groups = []
     for row, n in enumerate(lengths):
         key, value = (torch.randn(1, kv_heads, n, dim, device="cuda").to(dtype) for _ in range(2))
@@ -144,7 +144,7 @@ def layers(rows: int, slots: int, kept: int) -> list[Entries]:
     return [
         Entries(
             torch.randn(rows, KV_HEADS, slots, kept, **new),
-            torch.randn(rows, KV_HEADS, RECENT + 128, HEAD_DIM - kept, **new),
+            torch.randn(rows, KV_HEADS, RECENT + BLOCK, HEAD_DIM - kept, **new),
             torch.randn(rows, KV_HEADS, slots, HEAD_DIM, **new),
             order,
             [slots] * rows,
@@ -227,7 +227,7 @@ def step_times(rows: int, slots: int) -> list[dict[str, Any]]:
     query = torch.randn(rows, HEADS, 1, HEAD_DIM, device="cuda", dtype=torch.bfloat16)
     params, found = AttentionParams(HEAD_DIM**-0.5), []
     group = RowGroup(tuple(range(rows)), key, value, position, channels=channels)
-    think, dense = ThinKStorage(RECENT), DenseStorage()
+    think, dense = ThinKStorage(RECENT, BLOCK), DenseStorage()
     capacity = slots + 256
     think.fill([group], capacity, ordered=True)
     dense.fill([group])

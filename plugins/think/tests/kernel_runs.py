@@ -30,8 +30,8 @@ if DEVICE == "cpu":  # the merge too is the kernel's, not plain torch
 
 
 def run(
-    lengths, *, head_dim=64, kept=48, value_dim=None, kv_heads=2, group=2, queries=1, recent=4,
-    steps=0, dtype=torch.float32, splits=3, tile=SMALL,
+    lengths, *, head_dim=64, kept=48, value_dim=None, kv_heads=2, group=2, queries=1,
+    recent=4, block=128, steps=0, dtype=torch.float32, splits=3, tile=SMALL,
 ):  # fmt: skip
     """Fill a storage, take some steps, and return the largest errors of output and log-sum-exp."""
     value_dim = value_dim or head_dim
@@ -44,7 +44,7 @@ def run(
     values = [draw(kv_heads, n + steps, value_dim) for n in lengths]
     chosen = torch.stack([torch.randperm(head_dim, generator=generator) for _ in range(kv_heads)])
     channels = chosen[:, :kept].sort(dim=1).values
-    storage = ThinKStorage(recent)
+    storage = ThinKStorage(recent, block)
     groups = [
         RowGroup(
             (row,), keys[row][None, :, :n].to(DEVICE), values[row][None, :, :n].to(DEVICE),
@@ -69,7 +69,7 @@ def run(
     )
     errors = []
     for row, n in enumerate(lengths):
-        start = oracle.whole_from(n, n + steps, recent)
+        start = oracle.whole_from(n, n + steps, recent, block)
         filled = oracle.zero_filled(keys[row], channels, start)
         exact, level = oracle.attend(query[row], filled, values[row], scaling)
         errors.append((output[row].cpu().double() - exact).abs().max().item())
@@ -88,7 +88,7 @@ def runs():
         yield f"{n} tokens", run([n], splits=1 + n % 3)
     yield "ragged", run([33, 5, 1], group=1)
     yield "ragged, steps", run([33, 5, 1], steps=3, group=4)
-    yield "a window became narrow", run([20], steps=132, recent=3, head_dim=16, kept=8)
+    yield "blocks became narrow", run([20, 33], steps=13, recent=3, block=5)
     yield "no recent tokens", run([20], steps=2, recent=0)
     yield "more queries than a block", run([40, 29], queries=35, head_dim=16, kept=8)
     yield "8 heads a group", run([25], group=8, kv_heads=1)

@@ -31,10 +31,10 @@ def attend(query, keys, values, scaling):
     return scores.softmax(-1) @ values, scores.logsumexp(-1)
 
 
-def whole_from(prompt, live, recent):
-    """Return the first whole token of a row, moving one window of 128 after another."""
+def whole_from(prompt, live, recent, block=128):
+    """Return the first whole token of a row, moving one block after another."""
     start = max(prompt - recent, 0)
     for seen in range(prompt, live + 1):
-        if seen - start > recent + 128:
-            start += 128
+        if seen - start > recent + block:
+            start += block
     return start

@@ -22,5 +22,7 @@ def kvdock_methods() -> list[Method]:
             ),
             capabilities=Capabilities(needs_queries=True, evicts=False, shortest_gain=512),
             default_budget=None,
+            lossless={"ratio": 0.0},
+            contract={"window": 8, "recent": 8, "block": 16},
         )
     ]

@@ -9,7 +9,7 @@ from kvdock.policy import ModelFacts, PrefillView
 from kvdock.storage_policy import ChannelPolicy, StoreShape
 from kvdock_think.channels import channel_scores, kept_channels
 from kvdock_think.options import ThinKOptions
-from kvdock_think.storage import ThinKStorage, ring_slots
+from kvdock_think.storage import ThinKStorage
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 LARGEST_HEAD = 256
@@ -64,14 +64,14 @@ class ThinKPolicy(ChannelPolicy):
 
     def make_storage(self) -> ThinKStorage:
         """Return the empty storage of one layer."""
-        return ThinKStorage(self.options.recent)
+        return ThinKStorage(self.options.recent, self.options.block)
 
     def predicted_nbytes(self, shape: StoreShape, capacity: int) -> int:
         """Return the bytes of D' channels of all keys, the rest of the last ones, and all values.
 
-        B · K · s · (capacity · (D' + Dv) + min(capacity, r + 128) · (D − D'))
+        B · K · s · (capacity · (D' + Dv) + min(capacity, recent + block) · (D − D'))
         """
         kept = self.kept_channels(shape.key_dim) if shape.channels is None else shape.channels
-        slots = ring_slots(capacity, self.options.recent)
+        slots = min(capacity, self.options.recent + self.options.block)
         numbers = capacity * (kept + shape.value_dim) + slots * (shape.key_dim - kept)
         return shape.batch * shape.kv_heads * numbers * shape.dtype.itemsize

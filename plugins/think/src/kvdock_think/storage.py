@@ -3,7 +3,7 @@
 Shapes: B rows, K key/value heads, C slots, D head_dim, D' kept channels, R slots of the ring.
 
 A key is stored as its D' kept channels beside those of all other tokens, and its D − D' others in a
-ring of the last tokens. So a window of 128 tokens becomes narrow by moving nothing: the ring's
+ring of the last tokens. So a block of tokens becomes narrow by moving nothing: the ring's
 next tokens overwrite it.
 """
 
@@ -18,20 +18,15 @@ from kvdock.policy import AttentionParams
 from kvdock.storage import PolicyStorage, RowGroup
 from kvdock_think.attention import Entries, attend
 
-WINDOW = 128
-"""Tokens that become narrow at a time."""
-
-
-def ring_slots(capacity: int, recent: int) -> int:
-    """Return R: the most whole tokens a row ever has."""
-    return min(capacity, recent + WINDOW)
-
 
 class ThinKStorage(PolicyStorage):
-    """Hold D' channels of every key, and all of the last ``recent`` … ``recent`` + 128 tokens."""
+    """Hold D' channels of every key, and all of the last ``recent`` … ``recent + block`` tokens.
 
-    def __init__(self, recent: int) -> None:
-        self.recent = recent
+    More than that many whole tokens never stand in a row: ``block`` at a time become narrow.
+    """
+
+    def __init__(self, recent: int, block: int) -> None:
+        self.recent, self.block = recent, block
         self.entries: Entries | None = None
         self.positions: Tensor | None = None
         """int32 [B, K, C]; None where a row's positions are 0 … n−1."""
@@ -59,7 +54,7 @@ class ThinKStorage(PolicyStorage):
         assert one.channels is not None
         heads, dim, kept = one.keys.shape[1], one.keys.shape[-1], one.channels.shape[-1]
         new = one.keys.new_empty
-        slots = ring_slots(capacity, self.recent)
+        slots = self._ring_slots(capacity)
         self.entries = Entries(
             new(batch, heads, capacity, kept),
             new(batch, heads, slots, dim - kept),
@@ -96,12 +91,12 @@ class ThinKStorage(PolicyStorage):
         held.lengths = None
 
     def _narrow(self, row: int) -> bool:
-        """Let whole windows of a row become narrow while more than recent + 128 tokens are not."""
+        """Let blocks of a row become narrow while more than recent + block tokens are whole."""
         held = self.held
-        excess = held.live[row] - held.start[row] - self.recent - WINDOW
-        windows = max(0, -(-excess // WINDOW))
-        held.start[row] += windows * WINDOW
-        return windows > 0
+        excess = held.live[row] - held.start[row] - self.recent - self.block
+        blocks = max(0, -(-excess // self.block))
+        held.start[row] += blocks * self.block
+        return blocks > 0
 
     def _write(self, row: int, first: int, keys: Tensor, values: Tensor) -> None:
         """Write tokens ``first …`` of one row: [K, N, D] and [K, N, Dv]."""
@@ -115,13 +110,17 @@ class ThinKStorage(PolicyStorage):
             rest = keys[:, whole - first :].gather(2, order[:, whole - first :, kept:])
             held.rest[row].index_copy_(1, held.ring_index(whole, stop), rest)
 
+    def _ring_slots(self, capacity: int) -> int:
+        """Return R: the most whole tokens a row ever has."""
+        return min(capacity, self.recent + self.block)
+
     def _reserve(self, capacity: int) -> None:
         """Make room; a ring that grows was never full, so that its slots stay where they are."""
         held = self.held
         if capacity <= held.keys.shape[2]:
             return
         held.keys, held.values = _grown(held.keys, capacity), _grown(held.values, capacity)
-        held.rest = _grown(held.rest, ring_slots(capacity, self.recent))
+        held.rest = _grown(held.rest, self._ring_slots(capacity))
         if self.positions is not None:
             self.positions = _grown(self.positions, capacity)
 
