@@ -39,29 +39,28 @@ from kvdock_xattention.pipeline import (
 )
 from kvdock_xattention.reference import block_mass, chosen_blocks
 from kvdock_xattention.score_kernels import Shape, score
-from kvdock_xattention.select import select
+from kvdock_xattention.select import select, select_reference
 
 HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
 SCALING = HEAD_DIM**-0.5
 WIDE = Shape(128, 256, 64, 8, 4, descriptors=True)
 PAIR = Shape(128, 128, 64, 4, 3, descriptors=True)
+WALK = replace(WIDE, programs=1, flatten=False)
 SHAPES = {
+    "tma 128x256 w8 s4 walk": WALK,
+    "tma 128x256 w8 s3 walk": replace(WALK, stages=3),
+    "tma 128x256 w8 s4 walk band1": replace(WALK, band=1),
+    "tma 128x256 w8 s4 walk band4": replace(WALK, band=4),
+    "tma 128x256x32 w8 s6 walk": replace(WALK, inner=32, stages=6),
+    "tma 256x128 w8 s4 walk": replace(WALK, queries=256, keys=128),
     "tma 128x256 w8 s4": WIDE,
     "tma 128x256 w8 s3": replace(WIDE, stages=3),
-    "tma 128x256x128 w8 s2": replace(WIDE, inner=128, stages=2),
     "tma 128x256 w8 s4 band4": replace(WIDE, band=4),
-    "tma 256x128 w8 s4": replace(WIDE, queries=256, keys=128),
     "tma 128x128 w4 s3": PAIR,
     "tma 128x128 w4 s3 band4": replace(PAIR, band=4),
-    "tma 128x128x128 w4 s1": replace(PAIR, inner=128, stages=1),
-    "tma 128x128 w8 s3": replace(PAIR, warps=8),
-    "tma 64x256 w4 s2": replace(PAIR, queries=64, keys=256, stages=2),
-    "ptr 128x256 w8 s4": replace(WIDE, descriptors=False),
+    "ptr 128x256 w8 s3": replace(WIDE, descriptors=False, stages=3),
     "ptr 128x128 w4 s3": replace(PAIR, descriptors=False),
-    "tma 128x256 w8 s4 walk": replace(WIDE, programs=1, flatten=False),
-    "tma 128x256 w8 s4 flat": replace(WIDE, programs=1),
-    "tma 128x128 w4 s3 walk": replace(PAIR, programs=2, flatten=False),
-    "tma 128x256 w8 s4 special": replace(WIDE, programs=1, flatten=False, specialize=True),
+    "tma 128x256 w8 s4 flat": replace(WALK, flatten=True),
 }
 
 
@@ -73,6 +72,7 @@ def main() -> None:
     print(record["environment"]["gpu"], flush=True)
     if not args.no_check:
         record["checks"] = check(args.check_lengths)
+        record["whole"] = check_whole()
         print(f"checked after {time.monotonic() - begun:.0f} s", flush=True)
     record["times"] = []
     names = [name for name in SHAPES if not args.shapes or any(s in name for s in args.shapes)]
@@ -144,6 +144,40 @@ def check(lengths: list[int]) -> list[dict[str, Any]]:
     return rows
 
 
+def check_whole() -> list[dict[str, Any]]:
+    """Compare `select` with plain torch where defaults decide: head dims, rows, rules, float32."""
+    table = tuple(0.3 + 0.02 * head for head in range(28))
+    cases: list[tuple[tuple[int, ...], int, torch.dtype, dict[str, Any]]] = [
+        ((1, 32, 8, 8192, 128), 8192, torch.bfloat16, {}),
+        ((2, 28, 4, 6000, 128), 5000, torch.bfloat16, {"threshold": table}),
+        ((1, 32, 32, 9000, 96), 9000, torch.float16, {"stride": 16}),
+        ((1, 8, 1, 20_000, 80), 777, torch.bfloat16, {}),
+        ((1, 8, 2, 5000, 64), 5000, torch.float32, {"stride": 4}),
+        ((1, 32, 8, 33_001, 128), 33_001, torch.bfloat16, {"mode": "compat", "stride": 16}),
+        ((2, 16, 4, 12_345, 128), 12_345, torch.bfloat16, {"share_group": True}),
+        ((1, 32, 8, 65_537, 128), 65_537, torch.bfloat16, {}),
+    ]
+    rows = []
+    for shape, queries, dtype, changes in cases:
+        name = f"{queries}/{shape} {str(dtype)[6:]} " + " ".join(
+            f"{key}={value if key != 'threshold' else 'table'}" for key, value in changes.items()
+        )
+        try:
+            q, k = planted(*shape, dtype)
+            call = (q[:, :, shape[3] - queries :], k, AttentionParams(shape[4] ** -0.5))
+            options = XAttentionOptions(**changes)
+            blocks = -(-shape[3] // 128)
+            found = mask_from_lists(select(*call, options), blocks)
+            wanted = mask_from_lists(select_reference(*call, options), blocks)
+            row = {"case": name, "lists": int((found != wanted).sum()), "all": int(wanted.sum())}
+        except Exception as error:
+            row = {"case": name, "failed": f"{type(error).__name__}: {str(error)[:200]}"}
+        rows.append(row)
+        print(" ".join(f"{key} {value}" for key, value in row.items()), flush=True)
+        torch.cuda.empty_cache()
+    return rows
+
+
 def compare(q: Tensor, k: Tensor, stride: int, shape: Shape) -> dict[str, Any]:
     """Return how far masses and lists of the kernels are from plain torch."""
     grid = TileGrid(q.shape[2], k.shape[2], stride)
@@ -194,6 +228,13 @@ def time_all(length: int, stride: int, names: list[str], repeats: int) -> list[d
         note(f"score {name}", lambda s=SHAPES[name]: run_scores(s), flop)
     options, params = XAttentionOptions(stride=stride, threshold=0.9), AttentionParams(SCALING)
     note("select, default shape", lambda: select(q, k, params, options), flop)
+    thresholds = torch.full((1,), 0.9, device="cuda")
+    for size in (64, 128, 256, 1024):
+        note(
+            f"select, levels of {size} MiB",
+            lambda n=size: select_by_kernels(q, k, SCALING, grid, thresholds, level_bytes=n << 20),
+            flop,
+        )
     try:
         kept = density(select(q, k, params, options), length, length).mean().item()
         print(f"{length:>7} S{stride:<2} density {kept:.3f} at threshold 0.9", flush=True)
@@ -206,7 +247,7 @@ def time_all(length: int, stride: int, names: list[str], repeats: int) -> list[d
 
 def choice(q: Tensor, k: Tensor, grid: TileGrid, warps: int) -> Callable[[], Any]:
     """Return a call that chooses for all heads, from levels of one part computed once."""
-    shape = default_shape(q, grid, HEADS // KV_HEADS)
+    shape = default_shape(q, k, grid)
     thresholds = torch.full((1,), 0.9, device="cuda")
     whole = list(parts(KV_HEADS, HEADS // KV_HEADS, grid, shape, LEVEL_BYTES))
     part = whole[0]

@@ -52,3 +52,20 @@ def test_plain_torch_serves_where_there_is_no_gpu(monkeypatch):
     found, wanted = selection.select(*call), selection.select_reference(*call)
     assert torch.equal(found.index, wanted.index)
     assert torch.equal(found.count, wanted.count)
+
+
+@pytest.mark.parametrize("limit", [1, 10**6, 3 * 10**6, 10**9])
+def test_parts_cover_the_work_once_and_fit_the_limit(limit):
+    from kvdock_xattention.grid import TileGrid
+    from kvdock_xattention.pipeline import level_row, parts
+    from kvdock_xattention.score_kernels import Shape
+
+    grid, shape = TileGrid(20_000, 30_001, 8), Shape(band=2)
+    groups = -(-grid.query_tiles // shape.queries)
+    seen = []
+    for part in parts(6, 4, grid, shape, limit):
+        size = 4 * part.pairs * 4 * (part.high - part.low) * shape.queries * level_row(grid)
+        assert size <= limit or (part.pairs == 1 and part.high - part.low <= shape.band)
+        pairs = range(part.pair, part.pair + part.pairs)
+        seen += [(pair, group) for pair in pairs for group in range(part.low, part.high)]
+    assert sorted(seen) == [(pair, group) for pair in range(6) for group in range(groups)]

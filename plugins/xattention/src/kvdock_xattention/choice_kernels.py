@@ -146,7 +146,7 @@ def choose(
     end = min(part.high * tiles_per_group, grid.query_tiles)
     first_row, rows_here = origin // grid.per_block, -(-(end - origin) // grid.per_block)
     width = max(16, triton.next_power_of_2(blocks))
-    warps = warps or max(1, min(8, width // 512))
+    warps = warps or max(1, min(8, width // 1024))
     group = level.shape[0] // part.pairs
     _choose[(rows_here, level.shape[0] // share)](
         level, level.stride(1), level if mass is None else mass, thresholds,

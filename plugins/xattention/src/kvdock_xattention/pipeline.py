@@ -50,7 +50,7 @@ def select_by_kernels(
     b, heads = query.shape[:2]
     kv_heads = key.shape[1]
     group = heads // kv_heads
-    shape = shape or default_shape(query, grid, group)
+    shape = shape or default_shape(query, key, grid)
     blocks = grid.blocks
     size = (b, heads, blocks.rows)
     lists = BlockLists(
@@ -94,14 +94,30 @@ def level_row(grid: TileGrid) -> int:
     return -(-grid.blocks.key_blocks // 16) * 16
 
 
-def default_shape(query: Tensor, grid: TileGrid, group: int) -> Shape:
-    """Return the measured shape for half precision, a smaller one for single."""
+def default_shape(query: Tensor, key: Tensor, grid: TileGrid) -> Shape:
+    """Return the shape that was fastest where it was measured, one that fits elsewhere."""
+    group = query.shape[1] // key.shape[1]
     band = max(1, 8 // group)
     if query.dtype == torch.float32:
         return Shape(queries=64, keys=64, inner=32, warps=4, stages=2, band=band)
-    if grid.query_tiles <= 64:
-        return Shape(queries=64, keys=128, warps=4, stages=3, band=band)
-    return replace(Shape(), band=band)
+    device = torch.cuda.get_device_properties(query.device)
+    if device.major not in (9, 10):  # less shared memory, and no descriptors
+        return Shape(queries=128, keys=128, inner=32, warps=8, stages=3, band=band)
+    described = _aligned(query) and _aligned(key)
+    shape = Shape(queries=128, keys=256, warps=8, stages=3, band=band, descriptors=described)
+    groups, columns = -(-grid.query_tiles // 128), -(-grid.key_tiles // 256)
+    items = query.shape[0] * query.shape[1] * groups * columns // 2
+    if items < 8 * device.multi_processor_count:
+        return replace(shape, keys=128, warps=4)
+    if described and items >= 64 * device.multi_processor_count:
+        return replace(shape, stages=4, programs=1, flatten=False)
+    return shape
+
+
+def _aligned(states: Tensor) -> bool:
+    """Say whether a descriptor takes these addresses."""
+    size = states.element_size()
+    return states.data_ptr() % 16 == 0 and all(s * size % 16 == 0 for s in states.stride()[:3])
 
 
 def _rows_contiguous(states: Tensor) -> Tensor:
