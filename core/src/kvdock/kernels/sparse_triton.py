@@ -179,14 +179,17 @@ def _rows(
     """Load rows ``start …`` of one head, [KEYS, PADDED]; what does not exist is zero."""
     if DESCRIPTORS:
         return source.load([start, head_offset])
-    base = source + head_offset + tl.cast(start, tl.int64) * stride
-    offset = n[:, None] * stride + d[None, :]
-    if WHOLE and HEAD_DIM == PADDED:
-        return tl.load(base + offset)
-    if WHOLE:
-        return tl.load(base + offset, mask=(d < HEAD_DIM)[None, :], other=0.0)
-    inside = (start + n < length)[:, None] & (d < HEAD_DIM)[None, :]
-    return tl.load(base + offset, mask=inside, other=0.0)
+    else:  # noqa: RET505  (both branches would be compiled without it)
+        base = source + head_offset + tl.cast(start, tl.int64) * stride
+        offset = n[:, None] * stride + d[None, :]
+        shown = (d < HEAD_DIM)[None, :]
+        if WHOLE and HEAD_DIM == PADDED:
+            rows = tl.load(base + offset)
+        elif WHOLE:
+            rows = tl.load(base + offset, mask=shown, other=0.0)
+        else:
+            rows = tl.load(base + offset, mask=(start + n < length)[:, None] & shown, other=0.0)
+        return rows
 
 
 @triton.jit
