@@ -250,10 +250,7 @@ def test_positions_of_evicted_prompts_are_kept():
     run.storage.append_step(run.draw(2, 1), run.draw(2, 1), [18, 8], 12)
     kept = run.storage.kept_positions()
     assert kept.shape == (2, 2, 10)
-    assert kept[0, 0].tolist() == [*range(9), 18] and kept[1, 1].tolist() == [
-        *range(4),
-        8,
-        *[-1] * 5,
-    ]
-    assert run.storage.row(1).positions[0, 0].tolist() == [*range(4), 8]
+    assert kept[0, 0].tolist() == [*range(0, 18, 2), 18]
+    assert kept[1, 1].tolist() == [*range(0, 8, 2), 8, *[-1] * 5]
+    assert run.storage.row(1).positions[0, 0].tolist() == [*range(0, 8, 2), 8]
     assert ThinKStorage(1, 1).empty and not run.storage.empty
