@@ -13,30 +13,32 @@ from . import oracle
 
 NAME = "xattention_oracle"
 FAMILIES = ["llama", "mistral", "qwen2", "glm4"]
-OPTIONS = {"stride": 8, "threshold": 0.6, "dense_below": 300}
+OPTIONS = {"stride": 8, "threshold": 0.6, "block": 32, "dense_below": 100}
 
 
 class MaskOracle:
-    """Attend densely under the oracle's blocks of 128 keys; later tokens attend to everything."""
+    """Attend densely under the oracle's blocks; later tokens attend to everything."""
 
-    def __init__(self, stride, threshold):
-        self.stride, self.threshold = stride, float(torch.tensor(threshold))
+    def __init__(self, stride, threshold, block):
+        self.stride, self.block = stride, block
+        self.threshold = float(torch.tensor(threshold))
         self.kept = {}
 
     def __call__(self, module, query, key, value, attention_mask, scaling=None, **kwargs):
         q, n = query.shape[2], key.shape[2]
         group = query.shape[1] // key.shape[1]
         visible = torch.ones(n, n, dtype=torch.bool).tril()[n - q :].repeat(query.shape[1], 1, 1)
+        size = self.block
         for head in range(query.shape[1] if q > 1 else 0):
             mass = oracle.block_mass(
-                query[0, head], key[0, head // group], scaling, self.stride, 128
+                query[0, head], key[0, head // group], scaling, self.stride, size
             )
             for own, weights in enumerate(mass.tolist()):
                 kept = oracle.exact_rule(weights, own, self.threshold)
                 self.kept[module.layer_idx, head, own] = kept
                 for block in set(range(own)) - set(kept):
-                    rows = slice(own * 128, own * 128 + 128)
-                    visible[head, rows, block * 128 : block * 128 + 128] = False
+                    rows = slice(own * size, own * size + size)
+                    visible[head, rows, block * size : block * size + size] = False
         keys, values = (x[0].double().repeat_interleave(group, 0) for x in (key, value))
         scores = query[0].double() @ keys.transpose(1, 2) * scaling
         weights = scores.masked_fill(~visible, float("-inf")).softmax(-1)
@@ -55,7 +57,7 @@ def generate(model, batch, new, **settings):
 
 def run_oracle(model, row, new):
     """Return the oracle after a greedy run of one row, its logits and its tokens."""
-    spy = MaskOracle(OPTIONS["stride"], OPTIONS["threshold"])
+    spy = MaskOracle(OPTIONS["stride"], OPTIONS["threshold"], OPTIONS["block"])
     before = model.config._attn_implementation
     AttentionInterface.register(NAME, spy)
     AttentionMaskInterface.register(NAME, lambda *args, **kwargs: None)
@@ -71,7 +73,7 @@ def run_oracle(model, row, new):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_padded_batch_is_dense_attention_under_the_mask_of_each_row(family):
     model = tiny_model(family, num_hidden_layers=2)
-    batch, rows = left_padded((700, 517))
+    batch, rows = left_padded((190, 133))
     wanted = [run_oracle(model, row, 3) for row in rows]
     dropped = [own + 1 - len(kept) for spy, *_ in wanted for (*_, own), kept in spy.kept.items()]
     assert sum(dropped) > 10
@@ -84,15 +86,15 @@ def test_a_padded_batch_is_dense_attention_under_the_mask_of_each_row(family):
 
 def test_the_mask_matters():
     model = tiny_model("llama", num_hidden_layers=2)
-    _, (row,) = left_padded((700,))
+    _, (row,) = left_padded((190,))
     full, _ = generate(model, {"input_ids": row[None]}, 1)
     assert (run_oracle(model, row, 1)[1] - full).abs().max() > 0.01
 
 
-@pytest.mark.parametrize("changes", [{"threshold": 1.0}, {"dense_below": 702}])
+@pytest.mark.parametrize("changes", [{"threshold": 1.0}, {"dense_below": 192}])
 def test_dense_settings_are_the_plain_model(changes):
     model = tiny_model("llama")
-    batch, _ = left_padded((700, 301))
+    batch, _ = left_padded((190, 101))
     with kvdock.attach(model, "xattention", **{**OPTIONS, **changes}):
         logits, tokens = generate(model, batch, 3)
     plain, plain_tokens = generate(model, batch, 3)
@@ -102,7 +104,7 @@ def test_dense_settings_are_the_plain_model(changes):
 
 def test_every_layer_has_its_own_lists_and_a_high_threshold_comes_close():
     model = tiny_model("llama")
-    batch, _ = left_padded((700,))
+    batch, _ = left_padded((190,))
     plain, _ = generate(model, batch, 1)
     apart = []
     for threshold in (0.3, 0.999):
@@ -113,12 +115,12 @@ def test_every_layer_has_its_own_lists_and_a_high_threshold_comes_close():
 
 def test_chunks_of_whole_blocks_give_what_one_forward_gives():
     model = tiny_model("llama", num_hidden_layers=2)
-    batch, _ = left_padded((700,))
+    batch, _ = left_padded((190,))
     settings = {**OPTIONS, "dense_below": 0}
     with kvdock.attach(model, "xattention", **settings):
         whole, tokens = generate(model, batch, 3)
     with kvdock.attach(model, "xattention", **settings):
-        parts, same = generate(model, batch, 3, prefill_chunk_size=256)
+        parts, same = generate(model, batch, 3, prefill_chunk_size=64)
     assert torch.equal(tokens, same)
     assert torch.allclose(whole, parts, rtol=1e-4, atol=1e-4)
 
@@ -126,7 +128,7 @@ def test_chunks_of_whole_blocks_give_what_one_forward_gives():
 @pytest.mark.parametrize("mode", ["exact", "compat"])
 def test_snapkv_compresses_what_sparse_attention_computed(mode):
     model = tiny_model("llama")
-    batch, _ = left_padded((700, 517))
+    batch, _ = left_padded((190, 133))
     options = {f"xattention.{name}": value for name, value in OPTIONS.items()}
     with kvdock.attach(
         model, "xattention+snapkv", budget=64, **options, **{"xattention.mode": mode}

@@ -21,11 +21,15 @@ def kvdock_methods() -> list[Method]:
                 url="https://arxiv.org/abs/2503.16428",
             ),
             capabilities=Capabilities(
-                evicts=False, needs_queries=True, shortest_gain=4096, exact_chunks=False
+                needs_queries=True,
+                evicts=False,
+                backends=("flash-attn-4", "triton", "flex", "flashinfer", "reference"),
+                shortest_gain=4096,
+                exact_chunks=False,
             ),
             needs=Needs(extras=("triton",)),
             default_budget=None,
             lossless={"threshold": 1.0},
-            contract={"threshold": 0.9, "dense_below": 0},
+            contract={"block": 16, "stride": 4, "threshold": 0.6, "dense_below": 0},
         )
     ]

@@ -29,6 +29,9 @@ class XAttentionOptions(Options):
         choices=("exact", "compat"),
         help="compat keeps what the authors' code keeps, one block more in its first score chunk",
     )
+    block: int = option(
+        128, choices=(16, 32, 64, 128), help="tokens per block; some kernels serve 128 only"
+    )
     share_group: bool = option(False, help="one list for the query heads of a key/value head")
     dense_below: int = option(4096, ge=0, help="keys below which attention is dense")
 
@@ -36,6 +39,8 @@ class XAttentionOptions(Options):
         """Refuse an empty table of thresholds, and one beside a shared list."""
         if not self.thresholds:
             raise OptionError("threshold is (); expected a number, or one per query head.")
+        if self.block < self.stride:
+            raise OptionError(f"block is {self.block}; expected at least stride={self.stride}.")
         if self.share_group and len(self.thresholds) > 1:
             raise OptionError(
                 f"threshold has {len(self.thresholds)} values and share_group is True; heads that"

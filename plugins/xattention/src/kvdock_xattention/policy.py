@@ -4,7 +4,6 @@ import torch
 from torch import Tensor
 
 from kvdock.errors import UnsupportedError
-from kvdock.kernels.blocks import BLOCK
 from kvdock.kernels.sparse import SparseBackend, choose_sparse_backend
 from kvdock.policy import AttentionParams, AttentionPolicy, ModelFacts
 from kvdock_xattention.options import XAttentionOptions
@@ -48,7 +47,7 @@ class XAttentionPolicy(AttentionPolicy):
 
         A few queries fill too little of their tiles for an estimate, and cost little.
         """
-        few = query.shape[2] < BLOCK or key.shape[2] < self.options.dense_below
+        few = query.shape[2] < self.options.block or key.shape[2] < self.options.dense_below
         if few or self.options.dense or not params.plain:
             return None
         backend = self._backend(query.device, query.dtype, query.shape[-1])
@@ -59,5 +58,7 @@ class XAttentionPolicy(AttentionPolicy):
         """Return the kernel for one device of the model; layers may live on several."""
         place = (device, dtype, head_dim)
         if place not in self._backends:
-            self._backends[place] = choose_sparse_backend(self._requested, device, dtype, head_dim)
+            self._backends[place] = choose_sparse_backend(
+                self._requested, device, dtype, head_dim, self.options.block
+            )
         return self._backends[place]

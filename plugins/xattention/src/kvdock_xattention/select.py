@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kvdock.errors import OptionError
-from kvdock.kernels.blocks import BLOCK, BlockLists, all_blocks
+from kvdock.kernels.blocks import BlockLists, all_blocks
 from kvdock.policy import AttentionParams
 from kvdock_xattention.grid import TileGrid
 from kvdock_xattention.options import XAttentionOptions
@@ -36,14 +36,10 @@ def select(
 
 
 def select_reference(
-    query: Tensor,
-    key: Tensor,
-    params: AttentionParams,
-    options: XAttentionOptions,
-    block: int = BLOCK,
+    query: Tensor, key: Tensor, params: AttentionParams, options: XAttentionOptions
 ) -> BlockLists:
     """Compute `select` in plain torch, in float32 or the inputs' float64."""
-    grid, thresholds = _task(query, key, options, block)
+    grid, thresholds = _task(query, key, options)
     if options.dense:
         return all_blocks(grid.blocks, query.shape[0], query.shape[1], query.device)
     return select_reference_lists(
@@ -63,19 +59,18 @@ def _loose(grid: TileGrid, options: XAttentionOptions) -> int:
     return score_chunk(grid.keys) // grid.block if options.mode == "compat" else 0
 
 
-def _task(
-    query: Tensor, key: Tensor, options: XAttentionOptions, block: int = BLOCK
-) -> tuple[TileGrid, Tensor]:
+def _task(query: Tensor, key: Tensor, options: XAttentionOptions) -> tuple[TileGrid, Tensor]:
     heads = query.shape[1]
     if len(options.thresholds) not in (1, heads):
         raise OptionError(
             f"xattention: threshold has {len(options.thresholds)} values, but the model has {heads}"
             f" query heads; expected one, or {heads}."
         )
-    grid = TileGrid(query.shape[2], key.shape[2], options.stride, block)
+    grid = TileGrid(query.shape[2], key.shape[2], options.stride, options.block)
     if len(options.thresholds) == 1:  # filled on the device: nothing is copied, nothing waits
         return grid, torch.full((1,), options.thresholds[0], device=query.device)
-    return grid, torch.tensor(options.thresholds, device=query.device)
+    table = torch.tensor(options.thresholds)
+    return grid, table.pin_memory().to(query.device, non_blocking=True) if query.is_cuda else table
 
 
 @cache
