@@ -31,7 +31,6 @@ TOLERANCE = 2e-2
 SIZES = ((1, 1), (127, 127), (129, 1000), (300, 4096), (1000, 1000), (4097, 4097))
 PUBLISHED_TFLOPS = 295
 """FlexPrefill's own kernel on an H100, 128K, density 0.1, measured on another day."""
-SHAPES = [(128, 128, 8), (128, 64, 8), (128, 64, 4), (64, 128, 4), (64, 64, 4)]
 
 
 def run(section: str, args: argparse.Namespace) -> tuple[Rows, str]:
@@ -141,23 +140,18 @@ def timed(
 
 def tiles() -> list[SparseTile]:
     """Return the variants of the Triton kernel worth a try on Hopper."""
-    found = []
-    for shape in SHAPES:
-        for descriptors, stages in product((False, True), (2, 3)):
-            found.append(SparseTile(*shape, stages, descriptors=descriptors))
-    found += [SparseTile(128, 64, 8, 4, descriptors=d) for d in (False, True)]
-    for shape in SHAPES:
-        for stages in (2, 3):
-            found.append(SparseTile(*shape, stages, descriptors=True, ahead=True))
-        found.append(SparseTile(*shape, 2, descriptors=True, specialize=True))
+    shapes = (
+        (128, 64, 8, 2, 128), (128, 64, 8, 2), (128, 64, 8, 3), (128, 64, 8, 4),
+        (128, 128, 8, 2), (128, 128, 8, 3), (128, 32, 8, 2, 128), (128, 32, 8, 3, 128),
+        (64, 64, 4, 2), (64, 64, 4, 3), (64, 128, 4, 2), (64, 32, 4, 3),
+    )  # fmt: skip
+    found = [SparseTile(*shape, descriptors=True) for shape in shapes]
     found += [
-        SparseTile(64, 64, 4, 3, registers=168, descriptors=True),
-        SparseTile(64, 128, 4, 2, registers=168, descriptors=True),
-        SparseTile(64, 64, 4, 3, registers=128, descriptors=True),
-        SparseTile(128, 128, 8, 2, descriptors=True, by_head=False),
-        SparseTile(128, 64, 8, 3, descriptors=True, by_head=False),
+        SparseTile(128, 64, 8, 2, 128, True, False),
+        SparseTile(128, 128, 8, 2, None, True, False),
     ]
-    return found
+    pointers = ((128, 64, 8, 2), (128, 64, 8, 3), (128, 128, 8, 2), (64, 64, 4, 2), (128, 64, 4, 2))
+    return found + [SparseTile(*shape) for shape in pointers]
 
 
 def variants(args: argparse.Namespace) -> Iterable[dict[str, Any]]:

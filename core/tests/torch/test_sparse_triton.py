@@ -45,5 +45,5 @@ def test_lists_from_a_mask(found):
 @pytest.mark.interpret
 def test_layouts_for_descriptors(found):
     assert found["descriptors"] == {
-        "usual": True, "head_dim 96": False, "odd start": False, "odd rows": False
+        "usual": True, "odd head_dim": False, "odd start": False, "odd rows": False
     }  # fmt: skip
