@@ -38,14 +38,14 @@ from kvdock_xattention.pipeline import (
     select_by_kernels,
 )
 from kvdock_xattention.reference import block_mass, chosen_blocks
-from kvdock_xattention.score_kernels import Shape, score
+from kvdock_xattention.score import Shape, score
 from kvdock_xattention.select import select, select_reference
 
 HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
 SCALING = HEAD_DIM**-0.5
 WIDE = Shape(128, 256, 64, 8, 4, descriptors=True)
 PAIR = Shape(128, 128, 64, 4, 3, descriptors=True)
-WALK = replace(WIDE, programs=1, flatten=False)
+WALK = replace(WIDE, programs=1)
 SHAPES = {
     "tma 128x256 w8 s4 walk": WALK,
     "tma 128x256 w8 s3 walk": replace(WALK, stages=3),
@@ -60,7 +60,6 @@ SHAPES = {
     "tma 128x128 w4 s3 band4": replace(PAIR, band=4),
     "ptr 128x256 w8 s3": replace(WIDE, descriptors=False, stages=3),
     "ptr 128x128 w4 s3": replace(PAIR, descriptors=False),
-    "tma 128x256 w8 s4 flat": replace(WALK, flatten=True),
 }
 
 

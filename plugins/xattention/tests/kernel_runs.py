@@ -18,7 +18,7 @@ from kvdock.kernels.blocks import mask_from_lists
 from kvdock_xattention.grid import TileGrid
 from kvdock_xattention.pipeline import select_by_kernels
 from kvdock_xattention.reference import block_mass, chosen_blocks
-from kvdock_xattention.score_kernels import Shape
+from kvdock_xattention.score import Shape
 
 warnings.filterwarnings("ignore", "divide by zero encountered in log2")  # a block without mass
 DEVICE = "cpu" if "--interpret" in sys.argv else "cuda"
@@ -76,7 +76,7 @@ def runs():
     yield "parts", run(90, 101, rows=2, level_bytes=4096)
     yield "compat", run(100, 100, loose=4, thresholds=(0.0, 0.6))
     yield "shared", run(60, 60, kv_heads=2, share=True, thresholds=(0.5,))
-    walking = Shape(queries=16, keys=16, inner=16, warps=4, stages=2, programs=1, flatten=False)
+    walking = Shape(queries=16, keys=16, inner=16, warps=4, stages=2, programs=1)
     if DEVICE == "cuda":
         yield "walking", run(300, 333, shape=walking)
         described = Shape(queries=64, keys=64, inner=32, warps=4, stages=2, descriptors=True)

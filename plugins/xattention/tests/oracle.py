@@ -56,7 +56,5 @@ def compat_rule(weights, own, threshold):
 
 def score_chunk(keys):
     """Return the tokens of the authors' score chunk."""
-    power = 1
-    while power < keys:
-        power *= 2
+    power = 2 ** len(bin(keys - 1)[2:])
     return max(2048, min(max(2048, power), 128 * 1024 * 2048 // power))

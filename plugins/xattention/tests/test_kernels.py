@@ -58,7 +58,7 @@ def test_plain_torch_serves_where_there_is_no_gpu(monkeypatch):
 def test_parts_cover_the_work_once_and_fit_the_limit(limit):
     from kvdock_xattention.grid import TileGrid
     from kvdock_xattention.pipeline import level_row, parts
-    from kvdock_xattention.score_kernels import Shape
+    from kvdock_xattention.score import Shape
 
     grid, shape = TileGrid(20_000, 30_001, 8), Shape(band=2)
     groups = -(-grid.query_tiles // shape.queries)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from kvdock.kernels.blocks import BlockLists
 from kvdock_xattention.grid import TileGrid
-from kvdock_xattention.score_kernels import Part
+from kvdock_xattention.score import Part
 
 COUNTS = (
     "first_row", "origin", "empty", "tiles", "blocks", "first_block", "loose", "part_tiles",
@@ -135,7 +135,7 @@ def choose(
     """Fill the lists of one part of the work.
 
     Args:
-        level: float32 [heads of the part, tiles of the part, ≥ Nk], from `score_kernels.score`.
+        level: float32 [heads of the part, tiles of the part, ≥ Nk], from `score.score`.
         thresholds: float32 [1] or [H].
         loose: absolute blocks below this follow the compat rule.
         share: heads whose masses are added and who get one list, 1 or G.

@@ -12,7 +12,7 @@ from torch import Tensor
 from kvdock.kernels.blocks import BlockLists
 from kvdock_xattention.choice_kernels import choose
 from kvdock_xattention.grid import TileGrid
-from kvdock_xattention.score_kernels import Part, Shape, score
+from kvdock_xattention.score import Part, Shape, score
 
 LEVEL_BYTES = 512 * 2**20
 """Largest tensor of levels; a part is one pair and one band of query groups at least."""
@@ -110,7 +110,7 @@ def default_shape(query: Tensor, key: Tensor, grid: TileGrid) -> Shape:
     if items < 8 * device.multi_processor_count:
         return replace(shape, keys=128, warps=4)
     if described and items >= 64 * device.multi_processor_count:
-        return replace(shape, stages=4, programs=1, flatten=False)
+        return replace(shape, stages=4, programs=1)
     return shape
 
 
