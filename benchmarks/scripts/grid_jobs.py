@@ -12,6 +12,7 @@ from kvdock_bench.errors import BenchError
 from kvdock_bench.methods import FULL_CACHE, MethodConfig, parse_methods
 
 FULL, RANDOM = "full", "random"
+CHUNK = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +28,31 @@ class Job:
         """Return what identifies the job for a reader."""
         budget = f" budget {self.method.budget}" if self.method.budget else ""
         return f"{self.method.label}{budget} length {self.length}"
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Some prompts of one task and length, made by one process for all of them."""
+
+    task: str
+    length: int
+    indices: tuple[int, ...]
+
+    @property
+    def name(self) -> str:
+        """Return what identifies the prompts, as a file name too."""
+        return f"{self.task}_{self.length}_{self.indices[0]}"
+
+
+def chunks_of(config: BenchConfig, size: int = CHUNK) -> list[Chunk]:
+    """Return the prompts of a config in chunks, longest first."""
+    starts = range(0, config.num_samples, size)
+    return [
+        Chunk(task.name, length, tuple(range(start, min(start + size, config.num_samples))))
+        for length in sorted(config.length, reverse=True)
+        for task in config.tasks
+        for start in starts
+    ]
 
 
 def grid_config(

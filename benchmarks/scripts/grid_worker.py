@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import pickle
+import tempfile
 import time
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -9,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from grid_jobs import Job
+from grid_jobs import Chunk, Job, chunks_of
 
 import kvdock
 from kvdock.errors import KVDockError
 from kvdock_bench import metadata, models
 from kvdock_bench.batches import Item
 from kvdock_bench.config import BenchConfig, override
+from kvdock_bench.methods import MethodConfig
 from kvdock_bench.plan import Plan, run_identity
 from kvdock_bench.prompting import Prompter
 from kvdock_bench.records import RecordStore
@@ -63,17 +67,43 @@ class _Notes:
 
 
 class _SharingRunner(Runner):
-    """A runner that makes a prompt once for all jobs of its process."""
+    """A runner that takes the prompts that any process made."""
 
-    def __init__(self, run: Run, notes: _Notes, prompts: Prompts) -> None:
-        super().__init__(run, notes)
+    def __init__(self, run: Run, prompts: Prompts) -> None:
+        self.notes = _Notes()
+        super().__init__(run, self.notes)
         self._prompts = prompts
 
     def _prepare(self, task: Task, length: int, index: int) -> Item:
         key = (task.name, length, index)
         if key not in self._prompts:
+            # made too late by another process, if at all
             self._prompts[key] = super()._prepare(task, length, index)
         return self._prompts[key]
+
+    def make(self, chunk: Chunk, folder: Path) -> None:
+        """Write the prompts of a chunk."""
+        (task,) = [task for task in self.run.plan.config.tasks if task.name == chunk.task]
+        items = [self._prepare(task, chunk.length, index) for index in chunk.indices]
+        handle, name = tempfile.mkstemp(dir=folder)
+        with os.fdopen(handle, "wb") as file:
+            pickle.dump(items, file)
+        Path(name).replace(_place(chunk, folder))
+
+
+def _place(chunk: Chunk, folder: Path) -> Path:
+    return folder / f"{chunk.name}.prompts"
+
+
+def _read_prompts(config: BenchConfig, folder: Path, prompts: Prompts) -> None:
+    """Add the prompts that are there and not yet known."""
+    for chunk in chunks_of(config):
+        path = _place(chunk, folder)
+        if (chunk.task, chunk.length, chunk.indices[0]) in prompts or not path.exists():
+            continue
+        # written by a worker of this grid a moment ago
+        for item in pickle.loads(path.read_bytes()):
+            prompts[chunk.task, chunk.length, item.index] = item
 
 
 def work(setup: Setup, pipe: Connection) -> None:
@@ -95,20 +125,37 @@ def work(setup: Setup, pipe: Connection) -> None:
     prompts: Prompts = {}
     pipe.send(None)
     while (job := pipe.recv()) is not None:
-        pipe.send(_run(job, setup, common, prompts))
+        if isinstance(job, Chunk):
+            _runner(job.length, (), setup, common, prompts).make(job, setup.folder)
+            pipe.send(None)
+            continue
+        done = _run(job, setup, common, prompts)
         if loaded.model.device.type == "cuda":
             # raises when a kernel broke the context; a fresh process takes the next job then
             torch.cuda.synchronize()
             torch.cuda.empty_cache()
+        pipe.send(done)
 
 
 def _run(job: Job, setup: Setup, common: dict[str, Any], prompts: Prompts) -> Done:
-    notes, started = _Notes(), time.perf_counter()
-    plan = Plan(override(setup.config, length=[job.length]), (job.method,))
-    store = RecordStore(setup.folder / str(job.number))
-    error = None
+    started, error = time.perf_counter(), None
+    runner = _runner(job.length, (job.method,), setup, common, prompts, str(job.number))
+    _read_prompts(runner.run.plan.config, setup.folder, prompts)
     try:
-        _SharingRunner(Run(plan=plan, store=store, **common), notes, prompts)()
+        runner()
     except KVDockError as refusal:
         error = f"{type(refusal).__name__}: {refusal}"
-    return Done(job.number, time.perf_counter() - started, notes.texts, error)
+    return Done(job.number, time.perf_counter() - started, runner.notes.texts, error)
+
+
+def _runner(
+    length: int,
+    methods: tuple[MethodConfig, ...],
+    setup: Setup,
+    common: dict[str, Any],
+    prompts: Prompts,
+    place: str = "prompts",
+) -> _SharingRunner:
+    plan = Plan(override(setup.config, length=[length]), methods)
+    store = RecordStore(setup.folder / place)
+    return _SharingRunner(Run(plan=plan, store=store, **common), prompts)

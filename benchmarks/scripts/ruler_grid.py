@@ -29,7 +29,7 @@ from typing import Any
 
 import torch
 import transformers
-from grid_jobs import Job, check_dtype, grid_config, plan_jobs, variants
+from grid_jobs import Chunk, Job, check_dtype, chunks_of, grid_config, plan_jobs, variants
 from grid_tables import Grid, summarise, to_markdown
 from grid_worker import Done, Setup, work
 
@@ -47,9 +47,10 @@ class Pool:
     """Hand jobs to worker processes, one at a time each; a process that dies is replaced."""
 
     def __init__(self, setup: Setup, jobs: Sequence[Job], workers: int, deadline: float) -> None:
-        self._setup, self._waiting, self._deadline = setup, list(jobs), deadline
+        self._setup, self._deadline = setup, deadline
+        self._waiting: list[Job | Chunk] = [*chunks_of(setup.config), *jobs]
         self._spawn = multiprocessing.get_context("spawn")
-        self._busy: dict[Connection, tuple[BaseProcess, Job | None]] = {}
+        self._busy: dict[Connection, tuple[BaseProcess, Job | Chunk | None]] = {}
         self._deaths_left = 2 * workers
         self.done: dict[int, Done] = {}
         self._total = len(jobs)
@@ -90,11 +91,11 @@ class Pool:
         if following is None:
             del self._busy[pipe]
 
-    def _next(self) -> Job | None:
+    def _next(self) -> Job | Chunk | None:
         late = time.monotonic() >= self._deadline
         return None if late or not self._waiting else self._waiting.pop(0)
 
-    def _finish(self, done: Done, job: Job | None) -> None:
+    def _finish(self, done: Done, job: Job | Chunk | None) -> None:
         self.done[done.number] = done
         name = job.name if job else ""
         print(f"{len(self.done)}/{self._total} {name}: {done.seconds:.1f} s", flush=True)
@@ -104,7 +105,7 @@ class Pool:
     def _bury(self, pipe: Connection) -> None:
         process, job = self._busy.pop(pipe)
         process.join()
-        where = job.name if job and job.number not in self.done else "between jobs"
+        where = job.name if job else "between jobs"
         print(f"A worker ended with code {process.exitcode}: {where}", flush=True)
         self._deaths_left -= 1
         if self._waiting and self._deaths_left > 0 and time.monotonic() < self._deadline:
