@@ -12,6 +12,7 @@ budget. From the repository's root:
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 from collections import defaultdict
 from collections.abc import Callable
@@ -61,7 +62,7 @@ def main() -> None:
         "lengths": args.lengths,
         "tasks": args.tasks,
     }
-    found: dict[tuple[int, str, int], list[tuple[float, float]]] = defaultdict(list)
+    found: dict[tuple[int, str, int], list[tuple[list[float], float]]] = defaultdict(list)
     first = True
     for length, (ids, needle) in prompts(loaded, args):
         calls = states(loaded.model, ids)
@@ -75,15 +76,7 @@ def main() -> None:
             print(f"positions equal those of whole forwards: {len(args.methods)}", flush=True)
         first = False
     record["rows"] = [
-        {
-            "length": length,
-            "method": spec,
-            "budget": budget,
-            "prompts": len(pairs),
-            "kept": statistics.fmean(kept for kept, _ in pairs),
-            "kept_se": statistics.stdev(kept for kept, _ in pairs) / len(pairs) ** 0.5,
-            "whole": statistics.fmean(whole for _, whole in pairs),
-        }
+        {"length": length, "method": spec, "budget": budget, **summary(pairs)}
         for (length, spec, budget), pairs in found.items()
     ]
     table(record["rows"], args)
@@ -140,7 +133,7 @@ def states(model: Any, ids: Tensor) -> list[tuple[Any, ...]]:
             calls.append(call)
             return attend(*call)
 
-        cache.session.attend = noted  # type: ignore[method-assign]
+        cache.session.attend = noted  # type: ignore[assignment, method-assign]
         model(ids, attention_mask=torch.ones_like(ids), past_key_values=cache, logits_to_keep=1)
     return calls
 
@@ -169,11 +162,26 @@ def compare(model: Any, spec: str, budget: int, ids: Tensor, kept: list[Tensor])
                 raise SystemExit(f"{spec}, layer {layer}: the replay keeps other positions.")
 
 
-def coverage(kept: list[Tensor], needle: list[int]) -> tuple[float, float]:
-    """Return the share of the value's tokens kept, and of layers' heads that keep them all."""
+def coverage(kept: list[Tensor], needle: list[int]) -> tuple[list[float], float]:
+    """Return the share of layers' heads that keep each of the value's tokens, and all of them."""
     wanted = torch.tensor(needle, device=kept[0].device)
-    shares = torch.cat([(row[0][:, :, None] == wanted).any(1).double().mean(1) for row in kept])
-    return shares.mean().item(), (shares == 1).double().mean().item()
+    held = torch.cat([(row[0][:, :, None] == wanted).any(1) for row in kept])
+    return held.double().mean(0).tolist(), held.all(1).double().mean().item()
+
+
+def summary(pairs: list[tuple[list[float], float]]) -> dict[str, Any]:
+    """Return the means over prompts, in whole and by the token's place in the value."""
+    kept = [statistics.fmean(tokens) for tokens, _ in pairs]
+    return {
+        "prompts": len(pairs),
+        "kept": statistics.fmean(kept),
+        "kept_se": statistics.stdev(kept) / len(kept) ** 0.5 if len(kept) > 1 else None,
+        "whole": statistics.fmean(whole for _, whole in pairs),
+        "by_place": [
+            round(statistics.fmean(place), 4)
+            for place in zip(*(tokens for tokens, _ in pairs), strict=True)
+        ],
+    }
 
 
 def table(rows: list[dict[str, Any]], args: argparse.Namespace) -> None:
@@ -187,6 +195,11 @@ def table(rows: list[dict[str, Any]], args: argparse.Namespace) -> None:
             line = [cells[length, spec, budget] for budget in args.budgets]
             shown = [f"{cell['kept']:.1%} / {cell['whole']:.1%}".replace("%", "") for cell in line]
             print(f"| {spec} | " + " | ".join(shown) + " |")
+        print(f"\n{length} tokens: heads that keep the value's 1st, 2nd, … token, %\n")
+        print("| method | budget | by place |\n|---|---|---|")
+        for spec, budget in itertools.product(args.methods, args.budgets):
+            places = cells[length, spec, budget]["by_place"]
+            print(f"| {spec} | {budget} | {' '.join(f'{100 * share:.0f}' for share in places)} |")
 
 
 def _arguments() -> argparse.Namespace:
