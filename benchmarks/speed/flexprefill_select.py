@@ -58,6 +58,8 @@ def main() -> None:
         record["times"] += attempt(f"stages {length}", time_stages, length) or []
     if args.out:
         Path(args.out).write_text(json.dumps(record, indent=1) + "\n")
+    if not all(row["right"] for row in record["checks"]):
+        raise SystemExit("the kernels' lists are not those of plain torch: do not use the times")
 
 
 def attempt(what: str, run: Callable[..., Any], *arguments: Any) -> Any:
@@ -94,26 +96,29 @@ def planted(
 
 
 def check() -> list[dict[str, Any]]:
-    """Compare lists and covered mass with plain torch; raise where they are far apart."""
-    cases = [
-        (heads, kv_heads, q, n, head_dim, dtype, tau)
-        for heads, kv_heads, q, n in (
-            (8, 2, 1000, 1000), (32, 8, 4097, 4097), (8, 2, 32_768, 32_768), (8, 8, 1001, 5097),
-            (7, 1, 2048, 4000),
-        )
-        for head_dim, dtype in (
-            (64, torch.float16), (128, torch.bfloat16), (96, torch.bfloat16), (128, torch.float16),
-        )
-        for tau in (0.1, 0.0, 1.0)
-    ]  # fmt: skip
+    """Compare lists and covered mass with plain torch."""
+    cases: list[tuple[Any, ...]] = [
+        (8, 2, n, n, head_dim, dtype, 0.1)
+        for head_dim in (64, 128)
+        for dtype in (torch.float16, torch.bfloat16)
+        for n in (1000, 4097, 32_768)
+    ]
+    cases += [
+        (32, 8, 4097, 4097, 128, torch.bfloat16, 0.0),
+        (32, 8, 4097, 4097, 128, torch.bfloat16, 1.0),
+        (8, 8, 1001, 5097, 128, torch.bfloat16, 0.1),
+        (7, 1, 2048, 4000, 96, torch.bfloat16, 1.0),
+    ]
     rows = []
     print(f"{'case':>48} aware apart V/S/aware  blocks of      rows  density  covered  reference")
     for case in cases:
         *shape, tau = case
         q, k = planted(*shape)
         options = FlexPrefillOptions(tau=tau, min_budget=128, dense_below=0)
-        row = compare(q, k, options)
+        row = attempt(str(case), compare, q, k, options) or {"right": False}
         rows.append({"case": str(case), **row})
+        if len(row) == 1:
+            continue
         name = f"{case[:5]} {case[5]} tau {tau}".replace("torch.", "")
         print(
             f"{name:>48} {row['aware']:5d} {row['vertical']:4d}/{row['slash']}/{row['kind']}"
@@ -121,9 +126,14 @@ def check() -> list[dict[str, Any]]:
             f" {row['covered']:8.4f} {row['reference']:8.4f}",
             flush=True,
         )
-        assert row["blocks"] <= 0.002 * row["listed"] + 2, "the kernels choose other blocks"
-        assert row["sorted"], "the lists are not ascending"
-        assert row["covered"] > options.gamma - 1e-3 or tau > 0, "too little is covered"
+        rows[-1]["right"] = row["right"] = (
+            row["blocks"] <= 0.002 * row["listed"] + 2
+            and row["sorted"]
+            and row["same"]
+            and (tau > 0 or row["covered"] > options.gamma - 1e-3)
+        )
+        if not row["right"]:
+            print(f"WRONG: {row}", flush=True)
     return rows
 
 
@@ -133,7 +143,6 @@ def compare(q: Tensor, k: Tensor, options: FlexPrefillOptions) -> dict[str, Any]
     grid = BlockGrid(q.shape[2], k.shape[2], options.block)
     lists = launch.select(q, k, params.scaling, options)
     again = launch.select(q, k, params.scaling, options)
-    assert torch.equal(lists.count, again.count), "two runs differ"
     found = mask_from_lists(lists, grid.key_blocks)
     wanted = mask_from_lists(select_reference(q, k, params, options), grid.key_blocks)
     pattern = launch.pattern(q, k, params.scaling, options)
@@ -150,6 +159,7 @@ def compare(q: Tensor, k: Tensor, options: FlexPrefillOptions) -> dict[str, Any]
         "rows": int(apart.any(-1).sum()), "listed": int(wanted.sum()),
         "density": density(lists, grid.queries, grid.keys).mean().item(),
         "covered": covered[0], "reference": covered[1], "sorted": bool(rising.all()),
+        "same": torch.equal(lists.count, again.count) and torch.equal(lists.index, again.index),
     }  # fmt: skip
 
 

@@ -58,7 +58,8 @@ def attach(
         budget: slots (2048), a share of the prompt ("25%") or bytes ("1GiB"); None takes the
             method's default.
         backend: dense attention of the prefill; None keeps the model's own (so that prefill logits
-            stay bit-identical), "auto" takes the fastest usable one.
+            stay bit-identical), "auto" takes the fastest usable one. With sparse prefill it names
+            that kernel, and None takes the fastest.
         graph: capture the decode step as a CUDA graph: "auto" where possible, True or raise.
         slice_above: prompts longer than this run token-wise layers (MLP, norms) in slices; None
             never does.

@@ -34,6 +34,7 @@ def examine(out: Console, method: str | None = None) -> bool:
         _section(out, "Versions", _versions),
         _section(out, "Devices", _devices),
         _section(out, "Attention backends", _backends),
+        _section(out, "Sparse attention backends", _sparse_backends),
         _section(out, "Methods", _methods),
     ]
     if id is not None:
@@ -118,12 +119,20 @@ def _devices() -> Iterable[Finding]:
 
 
 def _backends() -> Iterable[Finding]:
-    kernels = _try_import("kvdock.kernels") if _try_import("torch") else None
+    return _probed("kvdock.kernels", "probe_backends")
+
+
+def _sparse_backends() -> Iterable[Finding]:
+    return _probed("kvdock.kernels.sparse", "probe_sparse_backends")
+
+
+def _probed(module: str, probe: str) -> Iterable[Finding]:
+    kernels = _try_import(module) if _try_import("torch") else None
     if kernels is None:
         return [("none", None, f"torch is missing; try: {INSTALL}")]
     return [
         (name, True if usable else None, reason or "usable")
-        for name, usable, reason in kernels.probe_backends()
+        for name, usable, reason in getattr(kernels, probe)()
     ]
 
 

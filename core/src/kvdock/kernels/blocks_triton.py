@@ -1,5 +1,6 @@
 """Block lists from a mask of blocks in one pass over it, in Triton."""
 
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 # ruff: noqa: ANN001, ANN202  (a kernel's arguments are the compiler's values, not Python's)
 
 from __future__ import annotations

@@ -52,12 +52,35 @@ def _triton(device: torch.device, dtype: torch.dtype, head_dim: int, block: int)
     return load_triton(device, dtype, head_dim, block)
 
 
+def _flash(device: torch.device, dtype: torch.dtype, head_dim: int, block: int) -> SparseBackend:
+    from kvdock.kernels.sparse_flash import load_flash_sparse
+
+    return load_flash_sparse(device, dtype, head_dim, block)
+
+
+def _flex(device: torch.device, dtype: torch.dtype, head_dim: int, block: int) -> SparseBackend:
+    from kvdock.kernels.sparse_flex import load_flex
+
+    return load_flex(device, dtype, head_dim, block)
+
+
+def _flashinfer(
+    device: torch.device, dtype: torch.dtype, head_dim: int, block: int
+) -> SparseBackend:
+    from kvdock.kernels.sparse_flashinfer import load_flashinfer
+
+    return load_flashinfer(device, dtype, head_dim, block)
+
+
 SPARSE_BACKENDS: dict[str, Loader] = {
+    "flash-attn-4": _flash,
     "triton": _triton,
+    "flex": _flex,
+    "flashinfer": _flashinfer,
     "reference": _reference,
 }
 
-FASTEST_FIRST = ("triton", "reference")
+FASTEST_FIRST = ("flash-attn-4", "triton", "flex", "reference")
 """What a choice left open takes: the first that is usable."""
 
 

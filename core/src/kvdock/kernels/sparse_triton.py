@@ -7,6 +7,7 @@ are seen whole, so that the loop over them masks nothing.
 Shapes: b rows, H query heads, K key/value heads, Q queries, N keys, D head_dim, M block rows.
 """
 
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 # ruff: noqa: ANN001, ANN202  (a kernel's arguments are the compiler's values, not Python's)
 
 from __future__ import annotations
@@ -40,8 +41,6 @@ class SparseTile:
         queries: of a block, the rows of one program; keys: of a block, those of one step.
         registers: a cap per thread, so that two programs share a multiprocessor.
         descriptors: load keys and values by the tensor memory accelerator (Hopper and newer).
-        ahead: multiply the next step's scores while this step's exponentials are taken.
-        specialize: let some warps load while the others compute.
         by_head: run all rows of a key/value head before the next one's, rather than all heads of a
             row before the next row's.
     """
@@ -52,8 +51,6 @@ class SparseTile:
     stages: int = 2
     registers: int | None = None
     descriptors: bool = False
-    ahead: bool = False
-    specialize: bool = False
     by_head: bool = True
 
 
@@ -119,7 +116,7 @@ def block_sparse(
     padded = max(16, triton.next_power_of_2(d))
     tile = tile or default_tile(query, lists.block)
     if tile.descriptors and not (takes_descriptors(key) and takes_descriptors(value)):
-        tile = replace(tile, descriptors=False, specialize=False)
+        tile = replace(tile, descriptors=False, registers=None)
     rows, keys = min(tile.queries, lists.block), min(tile.keys, lists.block)
     programs = (heads * grid.rows * (lists.block // rows),)
     with torch.cuda.device_of(query):
@@ -135,8 +132,8 @@ def block_sparse(
                 params.scaling * LOG2E,
                 GROUP=heads // kv_heads, HEAD_DIM=d, PADDED=padded,
                 BLOCK=lists.block, ROWS=rows, KEYS=keys, STAGES=tile.stages,
-                DESCRIPTORS=tile.descriptors, AHEAD=tile.ahead, SPECIALIZE=tile.specialize,
-                BY_HEAD=tile.by_head, LSE=with_lse, UPCAST=_upcast(query),
+                DESCRIPTORS=tile.descriptors, BY_HEAD=tile.by_head,
+                LSE=with_lse, UPCAST=_upcast(query),
                 num_warps=tile.warps, num_stages=tile.stages, maxnreg=tile.registers,
             )  # fmt: skip
     return output, lse if with_lse else None
@@ -150,21 +147,26 @@ def default_tile(query: Tensor, block: int) -> SparseTile:
     if wide:
         return SparseTile(queries=64, keys=64, warps=4, stages=2)
     if torch.version.hip is None and torch.cuda.get_device_capability(query.device) >= (9, 0):
-        return SparseTile(queries=128, keys=128, warps=8, stages=2)
+        # 128 registers: two programs share a multiprocessor, and one multiplies meanwhile the other
+        # takes exponentials
+        return SparseTile(128, 64, warps=8, stages=2, registers=128, descriptors=True)
     return SparseTile(queries=128, keys=64, warps=4, stages=2)
 
 
 def takes_descriptors(states: Tensor) -> bool:
     """Say whether the tensor memory accelerator can read [b, heads, N, D] row by row."""
-    d, size = states.shape[-1], states.element_size()
+    size = states.element_size()
     aligned = all(stride * size % 16 == 0 for stride in states.stride()[:3])
-    whole = d == max(16, triton.next_power_of_2(d))
     near = states.shape[1] * states.stride(1) < 2**31
-    return aligned and whole and near and states.data_ptr() % 16 == 0
+    return aligned and near and states.stride(-1) == 1 and states.data_ptr() % 16 == 0
 
 
 def _descriptor(states: Tensor, keys: int, width: int) -> TensorDescriptor:
-    """Describe [heads, N, D] as N rows whose columns reach over all heads, whatever the strides."""
+    """Describe [heads, N, D] as N rows whose columns reach over all heads, whatever the strides.
+
+    Where ``width`` is more than D the added columns hold what lies behind a head: they meet zeros
+    of the query, and columns of the output that are not stored.
+    """
     heads, n, d = states.shape
     columns = (heads - 1) * states.stride(0) + d
     return TensorDescriptor(states, [n, columns], [states.stride(1), 1], [keys, width])
@@ -178,14 +180,17 @@ def _rows(
     """Load rows ``start …`` of one head, [KEYS, PADDED]; what does not exist is zero."""
     if DESCRIPTORS:
         return source.load([start, head_offset])
-    base = source + head_offset + tl.cast(start, tl.int64) * stride
-    offset = n[:, None] * stride + d[None, :]
-    if WHOLE and HEAD_DIM == PADDED:
-        return tl.load(base + offset)
-    if WHOLE:
-        return tl.load(base + offset, mask=(d < HEAD_DIM)[None, :], other=0.0)
-    inside = (start + n < length)[:, None] & (d < HEAD_DIM)[None, :]
-    return tl.load(base + offset, mask=inside, other=0.0)
+    else:  # noqa: RET505  (both branches would be compiled without it)
+        base = source + head_offset + tl.cast(start, tl.int64) * stride
+        offset = n[:, None] * stride + d[None, :]
+        shown = (d < HEAD_DIM)[None, :]
+        if WHOLE and HEAD_DIM == PADDED:
+            rows = tl.load(base + offset)
+        elif WHOLE:
+            rows = tl.load(base + offset, mask=shown, other=0.0)
+        else:
+            rows = tl.load(base + offset, mask=(start + n < length)[:, None] & shown, other=0.0)
+        return rows
 
 
 @triton.jit
@@ -216,8 +221,7 @@ def _attend_row(
     heads, block_rows, first_block, past, q_length, k_length, scale,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, PADDED: tl.constexpr,
     BLOCK: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr,
-    DESCRIPTORS: tl.constexpr, AHEAD: tl.constexpr, SPECIALIZE: tl.constexpr,
-    BY_HEAD: tl.constexpr, LSE: tl.constexpr, UPCAST: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, BY_HEAD: tl.constexpr, LSE: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Attend for ROWS queries of one head; rows with long lists, the last, start first."""
     PARTS: tl.constexpr = BLOCK // ROWS
@@ -270,33 +274,15 @@ def _attend_row(
 
     steps = (listed - 1) * STEPS
     start = tl.load(entries) * BLOCK
-    if AHEAD:
-        # one step more than there is work: the list goes on with the last block
-        key = _rows(k, k_offset, start, k_row, n, d, k_length, HEAD_DIM, PADDED, False, DESCRIPTORS)
+    for step in tl.range(0, steps, num_stages=STAGES):
+        key = _rows(k, k_offset, start, k_row, n, d, k_length, HEAD_DIM, PADDED, True, DESCRIPTORS)
+        value = _rows(
+            v, v_offset, start, v_row, n, d, k_length, HEAD_DIM, PADDED, True, DESCRIPTORS
+        )
+        # the next step's address is known one step early
+        start = tl.load(entries + (step + 1) // STEPS) * BLOCK + (step + 1) % STEPS * KEYS
         scores = _scores(query, key, UPCAST)
-        for step in tl.range(0, steps, num_stages=STAGES, warp_specialize=SPECIALIZE):
-            after = tl.load(entries + (step + 1) // STEPS) * BLOCK + (step + 1) % STEPS * KEYS
-            key = _rows(
-                k, k_offset, after, k_row, n, d, k_length, HEAD_DIM, PADDED, False, DESCRIPTORS
-            )
-            following = _scores(query, key, UPCAST)
-            value = _rows(
-                v, v_offset, start, v_row, n, d, k_length, HEAD_DIM, PADDED, True, DESCRIPTORS
-            )
-            total, top, states = _accumulate(total, top, states, scores, value, scale, UPCAST)
-            scores, start = following, after
-    else:
-        for step in tl.range(0, steps, num_stages=STAGES, warp_specialize=SPECIALIZE):
-            key = _rows(
-                k, k_offset, start, k_row, n, d, k_length, HEAD_DIM, PADDED, True, DESCRIPTORS
-            )
-            value = _rows(
-                v, v_offset, start, v_row, n, d, k_length, HEAD_DIM, PADDED, True, DESCRIPTORS
-            )
-            # the next step's address is known one step early
-            start = tl.load(entries + (step + 1) // STEPS) * BLOCK + (step + 1) % STEPS * KEYS
-            scores = _scores(query, key, UPCAST)
-            total, top, states = _accumulate(total, top, states, scores, value, scale, UPCAST)
+        total, top, states = _accumulate(total, top, states, scores, value, scale, UPCAST)
 
     states = states * tl.where(total > 0, 1.0 / total, 0.0)[:, None]
     out_row = tl.cast(heads, tl.int64) * HEAD_DIM

@@ -54,8 +54,7 @@ def _merge(
     mass = tl.sum(weight, 0)
     read = (weight > 0)[:, None] & (d < dim)[None, :]
     part = tl.load(output + index[:, None] * dim + d[None, :], mask=read, other=0.0)
-    mean = tl.sum(part * weight[:, None], 0) / tl.maximum(mass, 1e-38)
+    mean = tl.sum(part * weight[:, None], 0) / tl.where(mass > 0, mass, 1.0)
     tl.store(merged + pair * dim + d, mean.to(merged.dtype.element_ty), mask=d < dim)
     if tl.program_id(1) == 0:
-        level = tl.where(mass > 0, top + tl.log(tl.maximum(mass, 1e-38)), float("-inf"))
-        tl.store(total + pair, level)
+        tl.store(total + pair, tl.where(mass > 0, top + tl.log(mass), float("-inf")))

@@ -27,7 +27,7 @@ from kvdock_cakekv.scores import preference, window_statistics
 from kvdock_cakekv.temperatures import fitted
 
 CASCADES = "cakekv cascades"
-SLACK_BYTES = 256 * 2**20
+SLACK_BYTES = 128 * 2**20
 """Entries of earlier layers that may wait to be freed; freeing them one layer at a time is slow."""
 
 

@@ -15,6 +15,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+LENGTHS = ("rows", "q_length", "k_length", "blocks", "share")
+"""Arguments that change from prompt to prompt: their values must not compile a kernel anew."""
+
 
 @triton.jit
 def tile(
@@ -69,7 +72,7 @@ def _block_level(
     tl.store(level + tl.cast(j, tl.int64) * BLOCK + r, own)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def block_levels(
     q, k, level, mean,
     q_batch, q_head, q_row, k_batch, k_head, k_row,
@@ -125,7 +128,7 @@ def covering(mass, order, inside, gamma, least, most, WIDTH: tl.constexpr):
         high = tl.where(enough, high, middle)
     above, equal = bits > low, bits == low
     count = tl.sum(above.to(tl.int32), 0)
-    missing = target - tl.sum(tl.where(above, mass, 0.0), 0)
+    missing = tl.maximum(target - tl.sum(tl.where(above, mass, 0.0), 0), 0.0)
     each = tl.max(tl.where(equal, order, 0.0), 0)
     wanted = tl.where(each * WIDTH > missing, tl.ceil(missing / each), 1.0 * WIDTH).to(tl.int32)
     wanted = tl.minimum(tl.maximum(count + wanted, least), most) - count
@@ -138,7 +141,7 @@ def _entropy(p):
     return tl.where(p > 0, p * tl.log(tl.where(p > 0, p, 1.0)), 0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("rows", "k_length", "blocks", "least", "most"))
 def decide(
     level, mean, parts, chosen, aware,
     pairs, rows, k_length, blocks, gamma, tau, least, most,

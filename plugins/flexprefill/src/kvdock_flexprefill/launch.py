@@ -34,8 +34,8 @@ class Tuning:
 
     programs: int = 264
     warps: int = 8
-    stages: int = 3
-    registers: int | None = None
+    stages: int = 2
+    registers: int | None = 128
     decide_warps: int = 8
     chunk: int = 32
     pool_warps: int = 4

@@ -16,6 +16,9 @@ import triton.language as tl
 
 from kvdock_flexprefill.kernels import covering, tile
 
+LENGTHS = ("q_length", "k_length", "first", "block_rows", "blocks")
+"""As in `kernels.py`."""
+
 
 @triton.jit
 def _mean(
@@ -30,7 +33,7 @@ def _mean(
     tl.store(output + d, tl.sum(states, 0) / count, mask=d < HEAD_DIM)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def pool(
     q, k, aware, query_means, key_means,
     q_batch, q_head, q_row, k_batch, k_head, k_row,
@@ -67,7 +70,7 @@ def pool(
             )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS[2:])
 def row_logits(
     query_means, key_means, aware, logits, first, block_rows, blocks, scale,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, PADDED: tl.constexpr,
@@ -97,7 +100,7 @@ def row_logits(
             tl.store(place, scores, mask=seen)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS[2:])
 def emit(
     chosen, aware, logits, count, index,
     pairs, first, block_rows, blocks, gamma,

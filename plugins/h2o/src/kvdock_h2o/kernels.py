@@ -39,7 +39,7 @@ class Tile:
 
 
 SUM_TILE = Tile(keys=128, queries=64, warps=4, stages=3)
-LSE_TILE = Tile(keys=64, queries=128, warps=4, stages=3)
+LSE_TILE = Tile(keys=128, queries=128, warps=8, stages=2, registers=128)
 
 
 def serves(queries: Tensor) -> bool:

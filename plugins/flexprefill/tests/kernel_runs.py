@@ -1,0 +1,78 @@
+"""Run the Triton kernels on small inputs and print how far they are from plain torch, as JSON.
+
+A program of its own: the interpreter, which stands in for a GPU, has to be chosen before Triton is
+imported for the first time. `test_kernels.py` runs it.
+"""
+
+import json
+import os
+import sys
+
+if "--interpret" in sys.argv:
+    os.environ["TRITON_INTERPRET"] = "1"
+
+import torch
+
+from kvdock.kernels.blocks import BlockGrid, mask_from_lists
+from kvdock.policy import AttentionParams
+from kvdock_flexprefill import launch
+from kvdock_flexprefill.options import FlexPrefillOptions
+from kvdock_flexprefill.reference import find_pattern, select_reference
+
+DEVICE = "cpu" if "--interpret" in sys.argv else "cuda"
+
+
+def draw(seed, rows, kv_heads, group, q, n, head_dim, dtype):
+    """Return states as a model passes them, tokens before heads in memory; some heads are flat."""
+    generator = torch.Generator().manual_seed(seed)
+    query = torch.randn(rows, q, kv_heads * group, head_dim, generator=generator)
+    key = torch.randn(rows, n, kv_heads, head_dim, generator=generator)
+    query = query * torch.linspace(0.1, 3, kv_heads * group)[:, None]
+    return [x.to(DEVICE, dtype).transpose(1, 2) for x in (query, key)]
+
+
+def apart(query, key, **changes):
+    """Count what differs from plain torch, and whether the lists are lists."""
+    options = FlexPrefillOptions(**{"block": 16, "min_budget": 16, "gamma": 0.6, **changes})
+    scaling = query.shape[-1] ** -0.5
+    blocks = BlockGrid(query.shape[2], key.shape[2], options.block).key_blocks
+    lists = launch.select(query, key, scaling, options)
+    wanted = select_reference(query, key, AttentionParams(scaling), options)
+    pattern = find_pattern(query.float(), key.float(), scaling, options)
+    entry = torch.arange(blocks, device=DEVICE)
+    rising = (lists.index.diff(dim=-1) > 0) | (entry[1:] >= lists.count[..., None])
+    found = mask_from_lists(lists, blocks)
+    return {
+        "blocks": int((found ^ mask_from_lists(wanted, blocks)).sum()),
+        "aware": int(pattern.aware.sum()),
+        "heads": pattern.aware.numel(),
+        "listed": int(wanted.count.sum()),
+        "ascending": bool(rising.all()),
+        "permutation": bool((lists.index.sort(-1).values == entry).all()),
+    }
+
+
+def runs():
+    """Yield (name, outcome) for data types, head dims, groups, chunks and kinds of heads."""
+    small = {"rows": 1, "kv_heads": 1, "group": 2, "q": 90, "n": 90, "head_dim": 16}
+    cases = {
+        "float32": {**small, "dtype": torch.float32},
+        "float16 D=96": {**small, "dtype": torch.float16, "head_dim": 96},
+        "bfloat16 D=64": {**small, "dtype": torch.bfloat16, "head_dim": 64},
+        "two rows, heads alone": {
+            **small, "rows": 2, "kv_heads": 2, "group": 1, "dtype": torch.float32,
+        },
+        "chunk inside blocks": {**small, "q": 21, "n": 75, "dtype": torch.float32},
+        "chunk shorter than a block": {**small, "q": 5, "n": 37, "dtype": torch.float32},
+    }  # fmt: skip
+    for seed, (name, case) in enumerate(cases.items()):
+        yield name, apart(*draw(seed, **case), tau=0.12)
+    float32 = {**small, "dtype": torch.float32}
+    yield "no head is query-aware", apart(*draw(7, **float32), tau=0.0)
+    yield "all heads are query-aware", apart(*draw(8, **float32), tau=1.0)
+    yield "most", apart(*draw(9, **{**float32, "q": 120, "n": 120}), tau=0.0, max_budget=32)
+    query, key = draw(10, **{**float32, "q": 70, "n": 70})
+    yield "equal keys", apart(query, torch.full_like(key, 0.5), tau=1.0, gamma=0.45)
+
+
+print(json.dumps(dict(runs())))

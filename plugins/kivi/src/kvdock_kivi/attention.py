@@ -1,0 +1,125 @@
+"""Attention over a packed cache: plain torch, or the Triton kernel where it serves.
+
+Shapes: b rows, H query heads, K key/value heads, Q queries, N tokens of a tile, D head_dim, Dk
+packed key channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cache as once
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from kvdock_kivi.geometry import Geometry
+from kvdock_kivi.packed import Packed
+from kvdock_kivi.quantise import dequantise_keys, dequantise_values, unpack
+
+TILE = 1024
+"""Tokens dequantised at a time, about."""
+
+Tile = tuple[Tensor, Tensor, bool]
+
+
+def packed_keys(cache: Packed, geometry: Geometry, rows: slice, begin: int, end: int) -> Tensor:
+    """Return keys ``begin … end``, float32 [b, K, N, Dk]; both are multiples of block and group."""
+    blocks = slice(begin // geometry.block, end // geometry.block)
+    groups = slice(begin // geometry.group, end // geometry.group)
+    codes = unpack(cache.key_codes[rows, :, blocks], geometry)
+    scale, zero = cache.key_scale[rows, :, groups], cache.key_zero[rows, :, groups]
+    return dequantise_keys(codes, scale, zero, geometry.group)
+
+
+def packed_values(cache: Packed, geometry: Geometry, rows: slice, begin: int, end: int) -> Tensor:
+    """Return values ``begin … end``, float32 [b, K, N, D]; ``begin`` is a multiple of the block."""
+    blocks = slice(begin // geometry.block, -(-end // geometry.block))
+    codes = unpack(cache.value_codes[rows, :, blocks], geometry)
+    scale, zero = (
+        x[rows, :, blocks].mT.flatten(2, 3) for x in (cache.value_scale, cache.value_zero)
+    )
+    return dequantise_values(codes, scale, zero, geometry.group)[:, :, : end - begin]
+
+
+def tiles(
+    cache: Packed, geometry: Geometry, rows: slice, length: int, packed: int
+) -> Iterator[Tile]:
+    """Yield keys, values and whether the keys are narrow, over all tokens of equally long rows.
+
+    Args:
+        packed: tokens whose keys are packed.
+    """
+    residual, values = geometry.residual, geometry.value_tokens(length)
+    slots = torch.arange(length, device=cache.key_rest.device) % residual
+    step = -(-TILE // residual) * residual
+    for begin in range(0, packed, step):
+        end = min(begin + step, packed)
+        keys = packed_keys(cache, geometry, rows, begin, end)
+        middle = max(begin, min(end, values))
+        parts = []
+        if middle > begin:
+            parts.append(packed_values(cache, geometry, rows, begin, middle))
+        if end > middle:
+            parts.append(cache.value_rest[rows, :, slots[middle:end]].float())
+        yield keys, torch.cat(parts, dim=2), True
+    if packed < length:
+        keys, values_ = (x[rows, :, slots[packed:]] for x in (cache.key_rest, cache.value_rest))
+        yield keys.float(), values_.float(), False
+
+
+def reference_attend(
+    cache: Packed,
+    geometry: Geometry,
+    query: Tensor,
+    narrow: Tensor,
+    rows: slice,
+    length: int,
+    scaling: float,
+    *,
+    held: int,
+) -> tuple[Tensor, Tensor]:
+    """Attend over equally long rows, one dequantised tile at a time, with a running softmax.
+
+    Args:
+        query: [b, H, Q, D]. narrow: its packed channels, [b, H, Q, Dk].
+        held: newest tokens whose key window is not packed even if it is full.
+
+    Returns:
+        float32 [b, H, Q, D], natural log-sum-exps float32 [b, H, Q].
+    """
+    b, heads, queries, _ = query.shape
+    kv_heads = cache.key_codes.shape[1]
+    shape = (b, kv_heads, heads // kv_heads * queries, -1)
+    query, narrow = query.float().reshape(shape), narrow.float().reshape(shape)
+    dim = cache.value_rest.shape[-1]
+    top = query.new_full((*query.shape[:3], 1), float("-inf"))
+    mass, sums = torch.zeros_like(top), query.new_zeros(*query.shape[:3], dim)
+    packed = geometry.key_tokens(max(length - held, 0))
+    for keys, values, is_narrow in tiles(cache, geometry, rows, length, packed):
+        scores = (narrow if is_narrow else query) @ keys.mT * scaling
+        higher = torch.maximum(top, scores.amax(-1, keepdim=True))
+        weights = (scores - higher).exp()
+        fade = (top - higher).exp()
+        mass = mass * fade + weights.sum(-1, keepdim=True)
+        sums = sums * fade + weights @ values
+        top = higher
+    # without tokens the log-sum-exp is −inf and the output 0
+    output = sums / mass.clamp_min(torch.finfo(mass.dtype).tiny)
+    lse = top + mass.log()
+    return output.view(b, heads, queries, dim), lse.view(b, heads, queries)
+
+
+def kernel_for(query: Tensor, cache: Packed) -> ModuleType | None:
+    """Return the module of the Triton kernels if they serve these states."""
+    fits = query.is_cuda and query.dtype in (torch.float16, torch.bfloat16)
+    return _kernels() if fits and max(query.shape[-1], cache.value_rest.shape[-1]) <= 256 else None
+
+
+@once
+def _kernels() -> ModuleType | None:
+    try:
+        from kvdock_kivi import kernels
+    except Exception:  # not installed, or broken: plain torch does the same
+        return None
+    return kernels

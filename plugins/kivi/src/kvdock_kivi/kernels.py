@@ -1,0 +1,104 @@
+"""Launch the Triton kernels of a packed cache."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+
+from kvdock.kernels.split_kv import merge_splits, multiprocessors, split_count
+from kvdock_kivi.decode_kernel import packed_attention
+from kvdock_kivi.geometry import Geometry
+from kvdock_kivi.packed import Packed
+
+LOG2E = math.log2(math.e)
+
+
+@dataclass(frozen=True, slots=True)
+class Tuning:
+    """Say how a program is cut: warps, pipeline depth, programs on a multiprocessor, registers."""
+
+    warps: int = 1
+    stages: int = 2
+    resident: int = 8
+    registers: int | None = None
+
+
+DECODE = Tuning()
+PAST = Tuning(warps=4, stages=2, resident=1)
+
+
+def attend(
+    cache: Packed,
+    geometry: Geometry,
+    query: Tensor,
+    narrow: Tensor,
+    rows: Tensor,
+    lengths: Tensor,
+    longest: int,
+    scaling: float,
+    *,
+    held: int,
+    dtype: torch.dtype = torch.float32,
+    tuning: Tuning | None = None,
+    splits: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attend with Q queries per head over all entries of some rows, without a mask.
+
+    Args:
+        query: [b, H, Q, D]. narrow: its channels that are packed, [b, H, Q, Dk].
+        rows: int32 [b], their rows in the cache. lengths: tokens of every row, int32 [B].
+        longest: the most tokens of a row. held: 1 while the newest token's window is not packed.
+
+    Returns:
+        [b, H, Q, Dv] in ``dtype``, and natural log-sum-exps, float32 [b, H, Q].
+    """
+    b, heads, queries, dim = query.shape
+    kv_heads, key_dim = cache.key_codes.shape[1], cache.key_codes.shape[-1]
+    value_dim = cache.value_codes.shape[-1]
+    count = heads // kv_heads * queries
+    repeat = value_dim // geometry.group
+    m = 64 if count > 16 else max(16, triton.next_power_of_2(count * repeat))
+    tuning = tuning or (DECODE if count <= 16 else PAST)
+    if m > 64:
+        m = 64
+    parts = triton.cdiv(count * repeat, m)
+    packed = geometry.value_tokens(longest)
+    if splits is None:
+        splits = split_count(
+            b * kv_heads * parts, multiprocessors(query.device), packed,
+            tile=geometry.block, resident=tuning.resident, most=256,
+        )  # fmt: skip
+    query, narrow = _rows_contiguous(query), _rows_contiguous(narrow)
+    out = query.new_empty(b, kv_heads, splits + 1, count, value_dim, dtype=torch.float32)
+    lse = query.new_empty(b, kv_heads, splits + 1, count, dtype=torch.float32)
+    interpret = os.environ.get("TRITON_INTERPRET") == "1"
+    with torch.cuda.device_of(query):
+        packed_attention[(splits + 1, b * kv_heads, parts)](
+            query, narrow, cache.key_codes, cache.key_scale, cache.key_zero,
+            cache.value_codes, cache.value_scale, cache.value_zero,
+            cache.key_rest, cache.value_rest, rows, lengths, out, lse,
+            *query.stride()[:3], *narrow.stride()[:3], kv_heads, queries, count, splits,
+            cache.key_codes.shape[2] * geometry.block // geometry.residual,
+            cache.value_codes.shape[2], cache.key_rest.shape[2], scaling * LOG2E, held,
+            D=dim, DP=_padded(dim), DK=key_dim, DKP=_padded(key_dim),
+            DV=value_dim, DVP=_padded(value_dim), M=m, REPEAT=repeat, BITS=geometry.bits,
+            G=geometry.group, R=geometry.residual, N=geometry.plane,
+            ROWS=max(16, geometry.plane), INTERPRET=interpret,
+            UPCAST=interpret and query.dtype == torch.bfloat16, STAGES=tuning.stages,
+            num_warps=tuning.warps, num_stages=tuning.stages, maxnreg=tuning.registers,
+        )  # fmt: skip
+    merged, total = merge_splits(out, lse, dtype)
+    return merged.reshape(b, heads, queries, value_dim), total.reshape(b, heads, queries)
+
+
+def _padded(dim: int) -> int:
+    return max(16, triton.next_power_of_2(dim))
+
+
+def _rows_contiguous(states: Tensor) -> Tensor:
+    return states if states.stride(-1) == 1 else states.contiguous()
