@@ -4,6 +4,7 @@ Query heads 32, key/value heads 8, D 128. Correctness first, then every variant 
 batch, beside the fastest bf16 decode attention, then a table. Run it from the repository's root:
 
     python benchmarks/speed/kivi_decode.py --lengths 32768 131072 --out RESULTS.json
+    python benchmarks/speed/kivi_decode.py --capacity --out CAPACITY.json
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import triton
 from measure import environment, milliseconds
 from torch import Tensor
 
+from kvdock_kivi import kernels, writing
 from kvdock_kivi.geometry import Geometry
 from kvdock_kivi.kernels import Tuning, attend
 from kvdock_kivi.packed import Packed
@@ -41,8 +43,9 @@ KINDS = [(2, 32, 128), (4, 32, 128), (2, 64, 128), (4, 128, 128), (2, 32, 32), (
 TUNINGS = [
     Tuning(warps, stages, resident, registers)
     for warps, stages, resident, registers in (
-        (1, 1, 8, None), (1, 2, 8, None), (1, 3, 6, None), (1, 2, 8, 200), (1, 1, 12, 168),
-        (1, 2, 16, None), (2, 2, 4, None), (2, 3, 4, None), (2, 2, 5, 192), (4, 2, 2, None),
+        (1, 2, 8, None), (1, 2, 16, None), (1, 2, 32, None), (1, 3, 16, None), (1, 3, 32, None),
+        (2, 2, 4, None), (2, 3, 4, None), (2, 2, 8, None), (2, 3, 8, None), (2, 2, 16, None),
+        (2, 3, 16, None),
     )
 ]  # fmt: skip
 
@@ -52,19 +55,25 @@ def main() -> None:
     args = _arguments()
     record: dict[str, Any] = {"environment": environment(triton=triton.__version__)}
     bandwidth = record["environment"]["copy_tb_per_s"]
-    guarded(lambda: compile_all(args.bits))
+    if not args.capacity:
+        guarded(lambda: compile_all(args.bits))
     print(f"{record['environment']['gpu']}, copy {bandwidth} TB/s", flush=True)
+    if args.capacity:
+        record["capacity"] = guarded(capacity)
+        _write(args.out, record)
+        return
     record["checks"] = guarded(check)
     if args.check:
+        _write(args.out, record)
         return
     record["times"] = []
     for length, batch in itertools.product(args.lengths, args.batches):
         record["times"] += time_dense(length, batch, args.flex)
         for bits in args.bits:
             record["times"] += time_packed(bits, length, batch, bandwidth, args)
+    record["packing"] = [guarded(lambda b=b: time_packing(b, args)) for b in args.bits]
     table(record["times"])
-    if args.out:
-        Path(args.out).write_text(json.dumps(record, indent=1) + "\n")
+    _write(args.out, record)
 
 
 def guarded(run: Callable[[], Any]) -> Any:
@@ -279,6 +288,80 @@ def time_packed(
     return rows
 
 
+def time_packing(bits: int, args: argparse.Namespace) -> dict[str, Any]:
+    """Time the packing of a prompt, a new token and a whole window; compare the bytes."""
+    geometry = Geometry(bits, args.group, args.residual)
+    length, rows = max(args.lengths), slice(0, 1)
+    dims = (HEAD_DIM, HEAD_DIM, HEAD_DIM)
+    k, v = (draw(1, KV_HEADS, length, HEAD_DIM, seed=i) for i in (1, 2))
+    caches = [Packed.empty(geometry, (1, KV_HEADS), length, dims, k) for _ in range(2)]
+    last = length - geometry.residual
+
+    def write(cache: Packed, module: Any) -> None:
+        module.write_keys(cache, geometry, rows, k, 0, None)
+        module.write_values(cache, geometry, rows, v[:, :, :last], 0)
+
+    write(caches[0], kernels)
+    serves, writing.kernels_for = writing.kernels_for, lambda states: None
+    write(caches[1], writing)
+    writing.kernels_for = serves
+    pairs = zip(caches[0].tensors().values(), caches[1].tensors().values(), strict=True)
+    size = torch.full((1,), length, dtype=torch.int32, device="cuda")
+    k1, v1 = k[:, :, :1], v[:, :, :1]
+    found = {
+        "what": f"kivi-{bits} packing",
+        "length": length,
+        "same_bytes_as_torch": all(torch.equal(x, y) for x, y in pairs),
+        "prompt_ms": milliseconds(lambda: write(caches[0], kernels)),
+        "token_us": 1e3
+        * milliseconds(lambda: kernels.append_token(caches[0], geometry, k1, v1, size - 1)),
+        "window_us": 1e3
+        * milliseconds(
+            lambda: kernels.write_keys(caches[0], geometry, rows, k[:, :, last:], last, None)
+        ),
+    }
+    print(found, flush=True)
+    return found
+
+
+def capacity() -> dict[str, Any]:
+    """Allocate weights and caches of Llama-3.1-8B, one row of 32K after the other, until full."""
+    layers, length, weights = 32, 32_768, 8_030_261_248
+    like = torch.empty(0, dtype=torch.bfloat16, device="cuda")
+    dims = (HEAD_DIM, HEAD_DIM, HEAD_DIM)
+
+    def full() -> list[Tensor]:
+        shape = (2, layers, KV_HEADS, length, HEAD_DIM)
+        return [torch.empty(shape, dtype=torch.bfloat16, device="cuda")]
+
+    def packed_row(bits: int) -> list[Tensor]:
+        geometry = Geometry(bits, 32, 128)
+        caches = [Packed.empty(geometry, (1, KV_HEADS), length, dims, like) for _ in range(layers)]
+        return [tensor for cache in caches for tensor in cache.tensors().values()]
+
+    found: dict[str, Any] = {"length": length, "memory": torch.cuda.mem_get_info()[1]}
+    held = [torch.empty(weights, dtype=torch.bfloat16, device="cuda")]
+    for name, make in (
+        ("full", full), ("kivi-4", lambda: packed_row(4)), ("kivi-2", lambda: packed_row(2))
+    ):  # fmt: skip
+        rows: list[list[Tensor]] = []
+        try:
+            while True:
+                rows.append(make())
+        except torch.cuda.OutOfMemoryError:
+            found[name] = {"rows": len(rows), "row_bytes": sum(x.nbytes for x in rows[0])}
+        print(name, found[name], flush=True)
+        rows.clear()
+        torch.cuda.empty_cache()
+    found["weight_bytes"] = held[0].nbytes
+    return found
+
+
+def _write(path: str | None, record: dict[str, Any]) -> None:
+    if path:
+        Path(path).write_text(json.dumps(record, indent=1) + "\n")
+
+
 def _graph_us(run: Callable[[], Any], repeats: int) -> float:
     """Return the device time of a call replayed from a CUDA graph, without launch gaps."""
     run()
@@ -315,6 +398,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--residual", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--flex", action="store_true", help="time FlexAttention too (compiles)")
+    parser.add_argument("--capacity", action="store_true", help="only count rows that fit")
     parser.add_argument("--check", action="store_true", help="stop after the comparison")
     parser.add_argument("--out", help="write the numbers to this JSON file")
     return parser.parse_args()

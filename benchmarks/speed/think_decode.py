@@ -60,11 +60,11 @@ def main() -> None:
             break
         for rows, slots in ((b, n) for b in args.rows for n in args.slots):
             record["times"] += think_times(rows, slots, ratio, tile)
-    for rows, slots in ((b, n) for b in args.rows for n in args.slots[:3]):
+    table(record["times"], copy)
+    for rows, slots in ((b, n) for b in args.rows for n in args.slots[:3] if args.steps):
         record["steps"] += step_times(rows, slots)
     if args.out:
         Path(args.out).write_text(json.dumps(record, indent=1) + "\n")
-    table(record["times"], copy)
 
 
 def check() -> list[dict[str, Any]]:
@@ -272,6 +272,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.375, 0.5])
     parser.add_argument("--seconds", type=float, default=75, help="start no tile after this")
+    parser.add_argument("--steps", action="store_true", help="time eager steps as well")
     parser.add_argument("--out", help="write the numbers to this JSON file")
     return parser.parse_args()
 

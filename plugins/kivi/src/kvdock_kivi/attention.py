@@ -7,7 +7,6 @@ packed key channels.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import cache as once
 from types import ModuleType
 
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor
 from kvdock_kivi.geometry import Geometry
 from kvdock_kivi.packed import Packed
 from kvdock_kivi.quantise import dequantise_keys, dequantise_values, unpack
+from kvdock_kivi.writing import kernels_for
 
 TILE = 1024
 """Tokens dequantised at a time, about."""
@@ -110,16 +110,6 @@ def reference_attend(
     return output.view(b, heads, queries, dim), lse.view(b, heads, queries)
 
 
-def kernel_for(query: Tensor, cache: Packed) -> ModuleType | None:
-    """Return the module of the Triton kernels if they serve these states."""
-    fits = query.is_cuda and query.dtype in (torch.float16, torch.bfloat16)
-    return _kernels() if fits and max(query.shape[-1], cache.value_rest.shape[-1]) <= 256 else None
-
-
-@once
-def _kernels() -> ModuleType | None:
-    try:
-        from kvdock_kivi import kernels
-    except Exception:  # not installed, or broken: plain torch does the same
-        return None
-    return kernels
+def kernel_for(query: Tensor) -> ModuleType | None:
+    """Return the module of the Triton kernels if they serve these queries."""
+    return kernels_for(query) if query.dtype in (torch.float16, torch.bfloat16) else None

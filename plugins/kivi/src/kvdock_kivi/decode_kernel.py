@@ -76,17 +76,22 @@ def _column(table, index, COLUMN: tl.constexpr):
 
 @triton.jit
 def _block_logits(
-    q, codes_at, scale_at, zero_at, block, d, r, scale,
+    q, codes_at, scale_at, zero_at, block, d, r, scale, key_blocks,
     DK: tl.constexpr, DKP: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr, G: tl.constexpr,
     BITS: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    """Return the base-2 logits of a tile's planes, a tuple of [M, ROWS]."""
+    """Return the base-2 logits of a tile's planes, a tuple of [M, ROWS].
+
+    A tile is one block, or several small ones, the last of which may not exist.
+    """
     PLANES: tl.constexpr = 16 // BITS
     HALF: tl.constexpr = 8 // BITS
     TILE: tl.constexpr = ROWS * PLANES
     at = codes_at + tl.cast(block, tl.int64) * (ROWS * DK) + d[:, None] + r[None, :] * DK
     inside = (d < DK)[:, None]
-    words = tl.load(at) if DK == DKP else tl.load(at, mask=inside, other=0)
+    if ROWS != N:
+        inside = inside & (block * (ROWS // N) + r // N < key_blocks)[None, :]
+    words = tl.load(at) if DK == DKP and ROWS == N else tl.load(at, mask=inside, other=0)
     upper = _upper(words, INTERPRET)
     logits = ()
     if ROWS == N:  # a plane lies under one scale of every channel
@@ -171,6 +176,7 @@ def packed_attention(
     codes_at = key_codes + own * key_windows * (R // PLANES * DK)
     scale_at = key_scale + own * key_windows * (R // G * DK)
     zero_at = key_zero + own * key_windows * (R // G * DK)
+    key_blocks = key_windows * (R // (PLANES * N))
     top = tl.full([M], float("-inf"), tl.float32)
     mass = tl.zeros([M], tl.float32)
     acc = tl.zeros([M, DVP], tl.float32)
@@ -187,7 +193,7 @@ def packed_attention(
         keys_at, values_at = key_rest + own * rest * D, value_rest + own * rest * DV
         for block in tl.range(values_end // TILE, tl.cdiv(keys_end, TILE), num_stages=1):
             logits = _block_logits(
-                q, codes_at, scale_at, zero_at, block, d, r, scale,
+                q, codes_at, scale_at, zero_at, block, d, r, scale, key_blocks,
                 DK, DKP, N, ROWS, G, BITS, INTERPRET,
             )  # fmt: skip
             for j in tl.static_range(PLANES):
@@ -243,14 +249,18 @@ def packed_attention(
         offsets = tl.zeros([M, ROWS], tl.float32)
         for tile in tl.range(begin, tl.minimum(begin + each, tiles), num_stages=STAGES):
             logits = _block_logits(
-                q, codes_at, scale_at, zero_at, tile, d, r, scale,
+                q, codes_at, scale_at, zero_at, tile, d, r, scale, key_blocks,
                 DK, DKP, N, ROWS, G, BITS, INTERPRET,
             )  # fmt: skip
             here = tl.cast(tile, tl.int64)
-            if DV == DVP:
+            there = tile * (ROWS // N) + r // N < value_blocks
+            if DV == DVP and ROWS == N:
                 words = tl.load(from_codes + here * (ROWS * DV))
             else:
-                words = tl.load(from_codes + here * (ROWS * DV), mask=(dv < DV)[None, :], other=0)
+                words = tl.load(
+                    from_codes + here * (ROWS * DV),
+                    mask=there[:, None] & (dv < DV)[None, :], other=0,
+                )  # fmt: skip
             upper = _upper(words, INTERPRET)
             parts = ()
             best = tl.full([M, ROWS], float("-inf"), tl.float32)
@@ -264,8 +274,13 @@ def packed_attention(
             top = higher
             sums, offsets, acc = sums * fade, offsets * fade, acc * fade
             for j in tl.static_range(PLANES):
-                s = tl.load(from_scale + here * (TILE * GROUPS) + j * N)
-                z = tl.load(from_zero + here * (TILE * GROUPS) + j * N)
+                of_scale = from_scale + here * (TILE * GROUPS) + j * N
+                of_zero = from_zero + here * (TILE * GROUPS) + j * N
+                if ROWS == N:
+                    s, z = tl.load(of_scale), tl.load(of_zero)
+                else:
+                    s = tl.load(of_scale, mask=there[None, :], other=0.0)
+                    z = tl.load(of_zero, mask=there[None, :], other=0.0)
                 p = tl.exp2(parts[j] - top[:, None])
                 sums += p
                 offsets += p * z.to(tl.float32)

@@ -11,6 +11,7 @@ import triton
 from torch import Tensor
 
 from kvdock.kernels.split_kv import merge_splits, multiprocessors, split_count
+from kvdock_kivi import pack_kernel
 from kvdock_kivi.decode_kernel import packed_attention
 from kvdock_kivi.geometry import Geometry
 from kvdock_kivi.packed import Packed
@@ -83,7 +84,7 @@ def attend(
             cache.value_codes, cache.value_scale, cache.value_zero,
             cache.key_rest, cache.value_rest, rows, lengths, out, lse,
             *query.stride()[:3], *narrow.stride()[:3], kv_heads, queries, count, splits,
-            cache.key_codes.shape[2] * geometry.block // geometry.residual,
+            _windows(cache, geometry),
             cache.value_codes.shape[2], cache.key_rest.shape[2], scaling * LOG2E, held,
             D=dim, DP=_padded(dim), DK=key_dim, DKP=_padded(key_dim),
             DV=value_dim, DVP=_padded(value_dim), M=m, REPEAT=repeat, BITS=geometry.bits,
@@ -94,6 +95,67 @@ def attend(
         )  # fmt: skip
     merged, total = merge_splits(out, lse, dtype)
     return merged.reshape(b, heads, queries, value_dim), total.reshape(b, heads, queries)
+
+
+def write_keys(
+    cache: Packed,
+    geometry: Geometry,
+    rows: slice,
+    keys: Tensor,
+    at: int,
+    channels: Tensor | None,
+) -> None:
+    """Pack the keys of whole windows, [b, K, m·R, D], from token ``at`` on.
+
+    Args:
+        channels: the packed channels of all rows, int64 [B, K, Dk]; None for all of them.
+    """
+    b, kv_heads, tokens, _ = keys.shape
+    keys, key_dim = _rows_contiguous(keys), cache.key_codes.shape[-1]
+    with torch.cuda.device_of(keys):
+        pack_kernel.pack_keys[(tokens // geometry.block, b * kv_heads)](
+            keys, keys if channels is None else channels,
+            cache.key_codes, cache.key_scale, cache.key_zero, *keys.stride()[:3],
+            rows.start, at, kv_heads, _windows(cache, geometry),
+            DK=key_dim, DKP=_padded(key_dim), NARROW=channels is not None, BITS=geometry.bits,
+            G=geometry.group, R=geometry.residual, N=geometry.plane, num_warps=4,
+        )  # fmt: skip
+
+
+def write_values(cache: Packed, geometry: Geometry, rows: slice, values: Tensor, at: int) -> None:
+    """Pack values [b, K, N, D] from token ``at`` on, beside those that share its block."""
+    b, kv_heads, tokens, dim = values.shape
+    values, block = _rows_contiguous(values), geometry.block
+    blocks = triton.cdiv(at + tokens, block) - at // block
+    with torch.cuda.device_of(values):
+        pack_kernel.pack_values[(blocks, b * kv_heads)](
+            values, cache.value_codes, cache.value_scale, cache.value_zero,
+            *values.stride()[:3], rows.start, at, at + tokens, kv_heads,
+            cache.value_codes.shape[2], D=dim, DP=_padded(dim), BITS=geometry.bits,
+            G=geometry.group, N=geometry.plane, num_warps=4,
+        )  # fmt: skip
+
+
+def append_token(
+    cache: Packed, geometry: Geometry, key: Tensor, value: Tensor, lengths: Tensor
+) -> None:
+    """Put one token per row, [B, K, 1, D], behind ``lengths`` others, int32 [B]."""
+    b, kv_heads = key.shape[:2]
+    key, value = _rows_contiguous(key), _rows_contiguous(value)
+    dim, value_dim = key.shape[-1], value.shape[-1]
+    with torch.cuda.device_of(key):
+        pack_kernel.append_token[(b * kv_heads,)](
+            key, value, cache.key_rest, cache.value_rest, cache.value_codes, cache.value_scale,
+            cache.value_zero, lengths, *key.stride()[:2], *value.stride()[:2], kv_heads,
+            cache.value_codes.shape[2], cache.key_rest.shape[2],
+            D=dim, DP=_padded(dim), DV=value_dim, DVP=_padded(value_dim), BITS=geometry.bits,
+            G=geometry.group, R=geometry.residual, N=geometry.plane, num_warps=1,
+        )  # fmt: skip
+
+
+def _windows(cache: Packed, geometry: Geometry) -> int:
+    """Return how many windows of keys have room in a row."""
+    return cache.key_codes.shape[2] * geometry.block // geometry.residual
 
 
 def _padded(dim: int) -> int:

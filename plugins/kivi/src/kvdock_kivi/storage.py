@@ -78,7 +78,7 @@ class KiviStorage(PolicyStorage):
                 start, keys, values = self.live[part.start], group.keys[index], group.values[index]
                 if group.length:
                     writing.extend(
-                        self.cache, self.geometry, part, keys, values, start, self._chosen(part)
+                        self.cache, self.geometry, part, keys, values, start, self.channels
                     )
                 if self._positions is not None:
                     span = slice(start, start + group.length)
@@ -97,9 +97,6 @@ class KiviStorage(PolicyStorage):
                 yield slice(rows[start], rows[i - 1] + 1), slice(start, i)
                 start = i
 
-    def _chosen(self, rows: slice) -> Tensor | None:
-        return None if self.channels is None else self.channels[rows]
-
     def _reserve(self, capacity: int) -> None:
         if capacity <= self._capacity:
             return
@@ -116,21 +113,11 @@ class KiviStorage(PolicyStorage):
         self._reserve(capacity)
         if self._positions is not None:
             self._put_positions(positions)
-        self._put_step(key, value)
+        parts = ((part, self.live[part.start]) for part, _ in self._alike(range(len(self.live))))
+        writing.append_token(self.cache, self.geometry, key, value, parts, self._lengths)
         self.live = [n + 1 for n in self.live]
         self._lengths += 1
         self._held = 1
-
-    def _put_step(self, key: Tensor, value: Tensor) -> None:
-        cache, residual = self.cache, self.geometry.residual
-        for part, _ in self._alike(range(len(self.live))):
-            length = self.live[part.start]
-            slot = length % residual
-            if length >= residual:
-                oldest = cache.value_rest[part, :, slot : slot + 1]
-                writing.write_values(cache, self.geometry, part, oldest, length - residual)
-            cache.key_rest[part, :, slot] = key[part, :, 0]
-            cache.value_rest[part, :, slot] = value[part, :, 0]
 
     def _put_positions(self, positions: list[int]) -> None:
         assert self._positions is not None
@@ -147,7 +134,7 @@ class KiviStorage(PolicyStorage):
         for part, _ in self._alike(range(len(self.live))):
             length = self.live[part.start]
             if length % self.geometry.residual == 0:
-                writing.flush_keys(self.cache, self.geometry, part, length, self._chosen(part))
+                writing.flush_keys(self.cache, self.geometry, part, length, self.channels)
 
     def attend_step(self, query: Tensor, params: AttentionParams) -> Tensor:
         """Attend with one query per row; then pack the window it completed, if any."""
@@ -168,7 +155,7 @@ class KiviStorage(PolicyStorage):
     ) -> tuple[Tensor, Tensor]:
         narrow = self._narrow(query, rows)
         longest = max(self.live[row] for row in rows)
-        kernels = attention.kernel_for(query, self.cache)
+        kernels = attention.kernel_for(query)
         if kernels is not None:
             result: tuple[Tensor, Tensor] = kernels.attend(
                 self.cache, self.geometry, query, narrow, self._index(rows), self._lengths,
