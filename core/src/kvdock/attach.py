@@ -16,6 +16,7 @@ from kvdock.attention import build_layout, dock_attention
 from kvdock.budget import Budget
 from kvdock.cache import DockCache
 from kvdock.compose import Composition, compose
+from kvdock.decode import choose_mode, docked_forward
 from kvdock.errors import UnsupportedError
 from kvdock.generation import (
     PrefillEnd,
@@ -136,7 +137,6 @@ def attach(
     """Attach methods to a model; see `kvdock.attach`."""
     compat.probe()
     _check_model(model)
-    _check_graph(graph)
     composition = compose(default_host(), methods, budget, options)
     config = model.config.get_text_config(decoder=True)
     managed = compat.managed_layers(config)
@@ -176,6 +176,9 @@ def attach(
         stack.enter_context(sliced(model, slice_above))
         dock = Dock(model, plan, ExitStack())
         _override(stack, model, "generate", docked_generate(dock, model.generate))
+        plan.decode = choose_mode(model, plan, graph)
+        if plan.decode is not None:
+            _override(stack, model, "forward", docked_forward(dock, model.forward))
         _override(stack, model, "__deepcopy__", refuse_copy)
         for name in (
             "generate_batch",
@@ -231,16 +234,6 @@ def _check_eval(model: Any) -> None:
         raise UnsupportedError(
             "the model's config sets output_attentions, which needs the full T×T probabilities that"
             " kvdock never forms. Set model.config.output_attentions = False."
-        )
-
-
-def _check_graph(graph: str | bool) -> None:
-    if graph not in ("auto", True, False):
-        raise UnsupportedError(f"graph is {graph!r}; expected 'auto', True or False.")
-    if graph is True:
-        raise UnsupportedError(
-            "graph=True: captured decode is not part of this version. Use graph='auto', which runs"
-            " eagerly until it is."
         )
 
 

@@ -74,19 +74,23 @@ class DockLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         """Forget everything."""
+        self.session.thaw()
         self.session.stores[self.rank] = self.session.new_store(self.rank)
         self.is_initialized = False
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Permute the rows of every tensor for beam search."""
+        self.session.thaw()
         self.store.select_rows(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep some rows."""
+        self.session.thaw()
         self.store.select_rows(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row."""
+        self.session.thaw()
         self.store.repeat_rows(repeats)
 
     def crop(self, tokens_to_remove: int) -> None:

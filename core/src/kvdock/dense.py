@@ -26,8 +26,8 @@ class DenseStorage(KVStorage):
         self.table: dict[str, Tensor] = {}
         self.used: list[int] = []
         self.live: list[int] = []
-        self._released: Tensor | None = None
-        self._holes: list[bool] = []
+        self.released: Tensor | None = None
+        self.holes: list[bool] = []
         self._ordered = True
         """Whether slots are in the order of their positions, without an empty one between."""
 
@@ -50,6 +50,11 @@ class DenseStorage(KVStorage):
         """Return the used part of one tensor, [B, K, extent, ...]."""
         return self.table[name][:, :, : self.extent]
 
+    @property
+    def in_use(self) -> dict[str, Tensor]:
+        """Return the used part of every tensor, [B, K, extent, ...]."""
+        return {name: self.view(name) for name in self.table}
+
     def slot_state(self, row: int | None = None) -> dict[str, Tensor]:
         """Return the policy's per-entry tensors, used part only, of one row or of all."""
         names = [name for name in self.table if name not in (KEY, VALUE, POSITION)]
@@ -62,7 +67,7 @@ class DenseStorage(KVStorage):
         counts = {row: group.length for group in groups for row in group.rows}
         self.used = [counts[row] for row in range(len(counts))]
         self.live = list(self.used)
-        self._released, self._holes, self._ordered = None, [False] * len(self.used), True
+        self.released, self.holes, self._ordered = None, [False] * len(self.used), True
         columns: dict[str, list[tuple[RowGroup, Tensor]]] = {}
         for group in groups:
             named = {KEY: group.keys, VALUE: group.values, POSITION: group.positions.int()}
@@ -97,7 +102,7 @@ class DenseStorage(KVStorage):
         """Allocate empty slots for a prompt that arrives in several forwards."""
         batch, heads, _, _ = key.shape
         self.used, self.live = [0] * batch, [0] * batch
-        self._released, self._holes, self._ordered = None, [False] * batch, True
+        self.released, self.holes, self._ordered = None, [False] * batch, True
         self.table = {
             KEY: key.new_zeros(batch, heads, slots, key.shape[-1]),
             VALUE: value.new_zeros(batch, heads, slots, value.shape[-1]),
@@ -134,26 +139,26 @@ class DenseStorage(KVStorage):
     def append_step(self, key: Tensor, value: Tensor, positions: list[int], capacity: int) -> None:
         """Append one token per row: one slice when the rows are even, a scatter otherwise."""
         self.reserve(capacity)
-        even = len(set(self.used)) == 1 and len(set(positions)) == 1 and not any(self._holes)
+        even = len(set(self.used)) == 1 and len(set(positions)) == 1 and not any(self.holes)
         if even:
             self._write(slice(None), self.used[0], key, value, positions[0])
         else:
             position = torch.tensor(positions, dtype=torch.int32, device=key.device)
             self._scatter(self._cursor(key), {KEY: key, VALUE: value}, position)
-        for row, hole in enumerate(self._holes):
+        for row, hole in enumerate(self.holes):
             self.used[row] += not hole
             self.live[row] += 1
-        self._holes = [False] * len(self.used)
+        self.holes = [False] * len(self.used)
 
     def _cursor(self, key: Tensor) -> Tensor:
         """Return the slot each row and head writes next, int64 [B, K]."""
-        if self._released is not None and all(self._holes):
-            return self._released
+        if self.released is not None and all(self.holes):
+            return self.released
         end = torch.tensor(self.used, device=key.device)[:, None].expand(-1, key.shape[1])
-        if self._released is None or not any(self._holes):
+        if self.released is None or not any(self.holes):
             return end
-        hole = torch.tensor(self._holes, device=key.device)[:, None]
-        return torch.where(hole, self._released, end)
+        hole = torch.tensor(self.holes, device=key.device)[:, None]
+        return torch.where(hole, self.released, end)
 
     def _scatter(self, cursor: Tensor, new: dict[str, Tensor], position: Tensor) -> None:
         new[POSITION] = position[:, None, None].expand(*cursor.shape, 1)
@@ -182,16 +187,30 @@ class DenseStorage(KVStorage):
 
     def release(self, slot: Tensor, over: list[bool]) -> None:
         """Mark the slot empty in the rows that are ``over``."""
-        index, emptied = slot[..., None], self.table[POSITION].new_full((1, 1, 1), -1)
-        emptied = emptied.expand_as(index)
-        if not all(over):
-            mask = torch.tensor(over, device=slot.device)[:, None, None]
-            emptied = torch.where(mask, emptied, self.table[POSITION].gather(2, index))
-        self.table[POSITION].scatter_(2, index, emptied)
-        self._released, self._holes = slot, list(over)
+        self.empty_slots(slot, None if all(over) else torch.tensor(over, device=slot.device))
+        self.released, self.holes = slot, list(over)
         self._ordered = self._ordered and not any(over)
         for row, gone in enumerate(over):
             self.live[row] -= gone
+
+    def empty_slots(self, slot: Tensor, over: Tensor | None) -> None:
+        """Take the position out of a slot int64 [B, K], in the rows of ``over`` (all when None)."""
+        index, emptied = slot[..., None], self.table[POSITION].new_full((1, 1, 1), -1)
+        emptied = emptied.expand_as(index)
+        if over is not None:
+            emptied = torch.where(
+                over[:, None, None], emptied, self.table[POSITION].gather(2, index)
+            )
+        self.table[POSITION].scatter_(2, index, emptied)
+
+    def advance(self, slots: list[int] | None) -> None:
+        """Count a step that ran on the device; rows above ``slots`` (None: no row) gave one up."""
+        over = [False] * len(self.used)
+        if slots is not None:
+            over = [live >= most for live, most in zip(self.live, slots, strict=True)]
+        self.used = [used + (not hole) for used, hole in zip(self.used, self.holes, strict=True)]
+        self.live = [live + (not gone) for live, gone in zip(self.live, over, strict=True)]
+        self.holes, self._ordered = over, self._ordered and not any(over)
 
     def rewrite_keys(self, slots: Tensor, keys: Tensor) -> None:
         """Replace the keys of some slots: int64 [B, K, R], [B, K, R, D]."""
@@ -218,22 +237,22 @@ class DenseStorage(KVStorage):
             expanded = index.view(*index.shape, *[1] * (tensor.dim() - 3)).expand_as(tensor)
             self.table[name] = tensor.gather(2, expanded)
         self.used = list(self.live)
-        self._released, self._holes, self._ordered = None, [False] * len(self.used), True
+        self.released, self.holes, self._ordered = None, [False] * len(self.used), True
 
     @property
     def even(self) -> bool:
         """Say whether all rows use their slots alike."""
-        return len(set(zip(self.used, self.live, self._holes, strict=True))) == 1
+        return len(set(zip(self.used, self.live, self.holes, strict=True))) == 1
 
     def select_rows(self, index: Tensor, order: list[int]) -> None:
         """Reorder, repeat or drop rows of every tensor alike."""
         self.used = [self.used[row] for row in order]
         self.live = [self.live[row] for row in order]
-        self._holes = [self._holes[row] for row in order]
+        self.holes = [self.holes[row] for row in order]
         for name, tensor in self.table.items():
             self.table[name] = tensor.index_select(0, index.to(tensor.device))
-        if self._released is not None:
-            self._released = self._released.index_select(0, index.to(self._released.device))
+        if self.released is not None:
+            self.released = self.released.index_select(0, index.to(self.released.device))
 
     def kept_positions(self) -> Tensor:
         """Return the live positions, ascending, −1 for empty slots."""

@@ -12,8 +12,10 @@ from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from kvdock.cache import DockCache
+from kvdock.decode import make_decoder
 from kvdock.errors import UnsupportedError
 from kvdock.report import held_bytes
+from kvdock.session import Session
 
 if TYPE_CHECKING:
     from kvdock.attach import Dock
@@ -81,11 +83,15 @@ def docked_generate(dock: Dock, original: Callable[..., Any]) -> Callable[..., A
         given["logits_processor"] = LogitsProcessorList(
             [*(given.get("logits_processor") or ()), ending]
         )
-        cache.session.generating = True
+        session = cache.session
+        session.generating = True
+        session.decoder = make_decoder(dock.plan.decode, _decode_settings(dock, given, session))
         try:
             return original(**given)
         finally:
-            cache.session.generating = False
+            session.generating = False
+            session.thaw()
+            session.decoder = None
             clock.mark()
             dock.note(cache, ending)
 
@@ -110,11 +116,7 @@ def refuse_copy(memo: dict[int, Any]) -> Any:
 
 def _cache_for(dock: Dock, given: dict[str, Any]) -> DockCache:
     """Check the arguments of one `generate` call and return the cache it will fill."""
-
-    def setting(name: str) -> Any:
-        config = given.get("generation_config") or dock.model.generation_config
-        return given[name] if given.get(name) is not None else getattr(config, name, None)
-
+    setting = _settings(dock, given)
     take_back = "it takes tokens back, and evicted entries cannot be restored"
     refused = {
         "assistant_model": take_back,
@@ -144,6 +146,29 @@ def _cache_for(dock: Dock, given: dict[str, Any]) -> DockCache:
             " out, or pass dock.new_cache() (or the cache of an earlier turn with this dock)."
         )
     return cache
+
+
+def _settings(dock: Dock, given: dict[str, Any]) -> Callable[[str], Any]:
+    """Return what looks a setting up as `generate` does: its arguments before the config."""
+    config = given.get("generation_config") or dock.model.generation_config
+
+    def setting(name: str) -> Any:
+        return given[name] if given.get(name) is not None else getattr(config, name, None)
+
+    return setting
+
+
+def _decode_settings(dock: Dock, given: dict[str, Any], session: Session) -> dict[str, Any]:
+    """Return what a decoder has to know of the call: its loop, and how many steps it can make."""
+    setting = _settings(dock, given)
+    new, longest = setting("max_new_tokens"), setting("max_length")
+    if new is None and longest is not None:
+        new = longest - (session.prompt_columns or 0)
+    return {
+        "steps": None if new is None else max(0, new - 1),  # the first token comes from the prompt
+        "num_beams": setting("num_beams"),
+        "custom_generate": given.get("custom_generate"),
+    }
 
 
 def _prompt_columns(given: dict[str, Any]) -> int:

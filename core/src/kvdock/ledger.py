@@ -73,11 +73,29 @@ class Ledger:
         self.appended = [had + more for had, more in pairs]
         self.capacity = max(self.capacity, *self.live)
 
+    def reserve(self, room: int) -> None:
+        """Ask for slots for ``room`` more tokens per row, no more than decode can need."""
+        need = max(self.live) + room
+        limit = self.limit
+        self.capacity = max(self.capacity, need if limit is None else min(need, limit))
+
+    @property
+    def room(self) -> int | None:
+        """Return how many decode tokens fit into the capacity; None when any number does."""
+        limit = self.limit
+        if limit is not None and self.capacity >= limit:
+            return None
+        return self.capacity - max(self.live)
+
+    def advance(self) -> None:
+        """Count one decode token per row for which there is room already."""
+        self.tokens = [n + 1 for n in self.tokens]
+        self.appended = [n + 1 for n in self.appended]
+
     def step(self) -> None:
         """Count one decode token per row."""
         self.capacity = grown_capacity(self.capacity, max(self.live) + 1, self.limit)
-        self.tokens = [n + 1 for n in self.tokens]
-        self.appended = [n + 1 for n in self.appended]
+        self.advance()
 
     def select_rows(self, order: list[int]) -> None:
         """Reorder, repeat or drop rows."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -14,6 +14,9 @@ from kvdock.kernels import DenseBackend
 from kvdock.layout import BatchLayout
 from kvdock.policy import AttentionParams, AttentionPolicy, CachePolicy, ModelFacts
 from kvdock.storage_policy import ChannelPolicy, FormatPolicy, StoragePolicy
+
+if TYPE_CHECKING:
+    from kvdock.decode import DecodeMode
 
 
 @dataclass(eq=False)
@@ -25,6 +28,7 @@ class DockPlan:
         attention_policy: None means dense prefill.
         channel_policy, format_policy: None where entries are stored as the model made them.
         managed: model layer indices whose cache kvdock holds, in order.
+        decode: how decode steps of ``generate()`` run; None means eagerly.
     """
 
     methods: tuple[str, ...]
@@ -38,6 +42,7 @@ class DockPlan:
     managed: tuple[int, ...]
     channel_policy: ChannelPolicy | None = None
     format_policy: FormatPolicy | None = None
+    decode: DecodeMode | None = None
     attached: bool = True
 
     def __deepcopy__(self, memo: dict[int, Any]) -> DockPlan:

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from kvdock.decode import Decoder
 from kvdock.formatted import FormattedStore
 from kvdock.layer import LayerStore
 from kvdock.layout import BatchLayout
@@ -34,6 +35,8 @@ class Session:
     stores: list[LayerStore] = field(default_factory=list)
     shared: dict[str, Any] = field(default_factory=dict)
     """What a policy shares between layers during one prompt."""
+    decoder: Decoder | None = None
+    """What leads the decode steps of the present ``generate()``; None: each layer for itself."""
 
     def __post_init__(self) -> None:
         self.stores = [self.new_store(rank) for rank in range(len(self.plan.managed))]
@@ -50,6 +53,7 @@ class Session:
 
     def begin_turn(self, prompt_columns: int) -> None:
         """Say that the prompt of this turn ends at column ``prompt_columns``."""
+        self.thaw()
         if self.prompt_columns is not None and self.columns:
             self.turn += 1
         self.prompt_columns = prompt_columns
@@ -72,6 +76,10 @@ class Session:
         Returns:
             [B, Q, H, D].
         """
+        if self.decoder is not None and self.decoder.frozen is not None:
+            if self.decoder.stepping:
+                return self.decoder.frozen.attend(rank, query, key, value, params, self.shared)
+            self.thaw()
         store = self.stores[rank]
         columns = store.columns + layout.columns
         if self.prompt_columns is None:
@@ -95,6 +103,11 @@ class Session:
             store.finish(self.turn, self.shared)
             self._revise(rank)
         return output
+
+    def thaw(self) -> None:
+        """Let the host lead the layers again; what a decoder captured is freed."""
+        if self.decoder is not None:
+            self.decoder.release()
 
     def end_prefill(self) -> None:
         """End the prompt here; layers that wait for its end are compressed now."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -68,17 +68,32 @@ class LayerViews:
         shared: dict[str, Any],
     ) -> DecodeView:
         """Show all slots right after a decode step's attention."""
+        device = query.device
+        gone = self._on_device("over", over, device)
+        allowed = self._on_device("slots", ledger.slots, device)
+        return self.slots(query, storage.in_use, gone, allowed, params, shared)
+
+    def slots(
+        self,
+        query: Tensor,
+        table: Mapping[str, Tensor],
+        over: Tensor,
+        slots: Tensor,
+        params: AttentionParams,
+        shared: dict[str, Any],
+    ) -> DecodeView:
+        """Show a table of slots, with what the device knows of the rows: bool [B], int64 [B]."""
         return DecodeView(
             layer=self.layer,
             layers=self.layers,
             queries=query,
-            keys=storage.view(KEY),
-            values=storage.view(VALUE),
-            positions=storage.view(POSITION),
-            over=self._on_device("over", over, query.device),
-            slots=self._on_device("slots", ledger.slots, query.device),
+            keys=table[KEY],
+            values=table[VALUE],
+            positions=table[POSITION],
+            over=over,
+            slots=slots,
             params=params,
-            slot_state=storage.slot_state(),
+            slot_state={name: table[name] for name in table.keys() - {KEY, VALUE, POSITION}},
             row_state=self.row_state,
             shared=shared,
         )
@@ -91,6 +106,14 @@ class LayerViews:
             written = self.row_state[name].clone()  # a policy may give all its layers one tensor
             written[list(rows)] = state
             self.row_state[name] = written
+
+    def rewrite(self, states: dict[str, Tensor]) -> None:
+        """Write per-row tensors in place, where the next step looks for them."""
+        for name, state in states.items():
+            if name in self.row_state:
+                self.row_state[name].copy_(state)
+            else:
+                self.row_state[name] = state.clone()
 
     def select_rows(self, index: Tensor) -> None:
         """Reorder, repeat or drop rows."""

@@ -111,8 +111,8 @@ def test_the_default_budget_is_checked_too(model, policies):
     refused(model, [Wide()], BudgetError, "beside window=4096")
 
 
-def test_graph_capture_that_is_not_there(model, policies):
-    refused(model, [policies.Votes()], UnsupportedError, "graph=True", graph=True)
+def test_a_graph_without_a_gpu(model, policies):
+    refused(model, [policies.Votes()], UnsupportedError, "graphs need a CUDA device", graph=True)
     refused(model, [policies.Votes()], UnsupportedError, "expected 'auto'", graph="maybe")
 
 
