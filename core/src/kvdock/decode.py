@@ -31,6 +31,13 @@ ROOM = 256
 """Most slots a row gets ahead for new tokens; when they are full the layers grow by as many."""
 WORTHWHILE = 16
 """Fewest decode steps for which graph="auto" captures: the capture costs a few eager steps."""
+LONGEST = 16_384
+"""Most slots a layer may hold for graph="auto" to capture.
+
+Attention over fixed slots is masked, and torch's masked kernel reads a long cache several times
+slower than its plain one: on an H100, one row, 51 against 13 µs a layer at 4K slots and 372 against
+51 µs at 32K (`benchmarks/results/storage-h100`).
+"""
 VERIFIED = ("llama", "mistral", "qwen2", "qwen3", "glm4")
 """Model types whose forward takes nothing from the host that changes from step to step."""
 
@@ -124,6 +131,9 @@ class Decoder:
     def step(self, cache: DockCache, forward: Callable[..., Any], given: dict[str, Any]) -> Any:
         """Run the model's forward of one new column per row."""
         session = cache.session
+        if self.frozen is None and self._too_long(session):
+            session.decoder = None
+            return forward(**given)
         if self.frozen is None or self.frozen.room == 0:
             self._graph = None  # it reads and writes the slots that are replaced now
             room = ROOM if self._steps_left is None else max(1, min(ROOM, self._steps_left))
@@ -149,6 +159,17 @@ class Decoder:
         if self._steps_left is not None:
             self._steps_left -= 1
         return output
+
+    def _too_long(self, session: Session) -> bool:
+        """Say whether eager decode reads this cache faster, and tell the user why."""
+        if not self._mode.capture or self._mode.required:
+            return False
+        slots = max(max(store.storage.live) for store in session.stores)
+        if slots > LONGEST:
+            self._mode.fall_back(
+                f"a layer holds {slots} entries, over {LONGEST} of which eager attention is faster"
+            )
+        return slots > LONGEST
 
     def _captured(self, run: Callable[[dict[str, Any]], Any], call: dict[str, Any]) -> Any:
         """Run the first step of a shape as it is, capture the second, replay from then on."""

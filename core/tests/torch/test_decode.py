@@ -254,3 +254,18 @@ def test_layers_with_a_cache_of_their_own(frozen, policies):
     )
     with kvdock.attach(model, [policies.Ring()], budget=48) as dock:
         assert dock.plan.decode is None
+
+
+def test_a_cache_too_long_for_masked_attention_stays_eager(
+    model, row, policies, caplog, monkeypatch
+):
+    with kvdock.attach(model, [policies.Counting()]) as dock:
+        model.generate(**row, max_new_tokens=2)
+        session = dock.cache.session
+        auto = decode.Decoder(decode.DecodeMode(capture=True), 40)
+        assert not auto._too_long(session)
+        monkeypatch.setattr(decode, "LONGEST", 50)
+        assert auto._too_long(session)
+        assert "98 entries, over 50" in caplog.text
+        asked = decode.Decoder(decode.DecodeMode(capture=True, required=True), 40)
+        assert not asked._too_long(session)

@@ -44,7 +44,7 @@ class Tile:
     masked: bool = False
 
 
-STEP_TILE = Tile()
+STEP_TILE = Tile(stages=2, resident=3)
 MANY_TILE = Tile(warps=4, stages=2, resident=1)
 LARGE_TILE = Tile(tokens=32, stages=2)
 MOST_ROWS = 64
