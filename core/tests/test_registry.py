@@ -79,8 +79,8 @@ def test_an_unknown_method_gets_suggestion_list_and_pip_line(site):
 
 
 def test_an_unknown_method_where_none_is_installed(site):
-    with pytest.raises(UnknownMethodError, match=r"Installed: none\..*pip install kvdock-kivi"):
-        site.host().load("KIVI")
+    with pytest.raises(UnknownMethodError, match=r"Installed: none\..*pip install kvdock-adakv"):
+        site.host().load("AdaKV")
 
 
 @pytest.mark.parametrize(

@@ -191,9 +191,12 @@ def attach(
     return dock
 
 
-def _head_dim(config: Any) -> int:
-    own = getattr(config, "head_dim", None)
-    return int(own or config.hidden_size // config.num_attention_heads)
+def _head_dim(config: Any) -> int | None:
+    """Return the size of a head, None for an architecture that has no heads."""
+    own, heads = (getattr(config, name, None) for name in ("head_dim", "num_attention_heads"))
+    if own or not heads:
+        return own
+    return int(config.hidden_size // heads)
 
 
 def _override(stack: ExitStack, model: Any, name: str, value: Any) -> None:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import transformers
 
 import kvdock
 from kvdock.errors import AccountingError, CompositionError, UnsupportedError
@@ -13,6 +14,11 @@ from kvdock.storage import PolicyStorage, RowGroup
 from kvdock.storage_policy import ChannelPolicy, FormatPolicy
 from kvdock.testing import alone
 from kvdock.testing_models import left_padded, tiny_model
+
+CHUNKED_TURNS = pytest.mark.skipif(
+    tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 23),
+    reason="transformers 5.4 and 5.17 cut the mask of a second turn's chunks as of a first one's",
+)
 
 
 class Lists(PolicyStorage):
@@ -187,7 +193,7 @@ def test_a_prompt_is_exact_whatever_the_form(model, row):
     assert torch.allclose(torch.cat([first, rest], 1), plain, atol=2e-5)
 
 
-@pytest.mark.parametrize("chunk", [None, 4])
+@pytest.mark.parametrize("chunk", [None, pytest.param(4, marks=CHUNKED_TURNS)])
 def test_a_later_turn_reads_the_form_and_its_own_tokens_exactly(model, policies, generate, chunk):
     """Every row alone equals the padded batch, and an exact form equals the dense cache."""
     first, rows = left_padded((97, 70, 33))
