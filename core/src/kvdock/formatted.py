@@ -139,17 +139,3 @@ class FormattedStore(LayerStore):
         queries = self._last(tail, policy.query_window, group.rows[0])
         view = self.views.prompt(group, queries, self.ledger, self._params)
         return replace(group, channels=policy.select_channels(view))
-
-    def step(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        params: AttentionParams,
-        shared: dict[str, Any],
-    ) -> Tensor:
-        """Append one real token per row and attend."""
-        positions = self.ledger.tokens
-        self.ledger.step()
-        self.form.append_step(key, value, positions, self.ledger.capacity)
-        return self.form.attend_step(query, params)
