@@ -10,6 +10,7 @@ root:
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import math
 import statistics
@@ -25,15 +26,25 @@ from torch import Tensor
 
 from kvdock.kernels.sdpa import SDPABackend
 from kvdock.policy import AttentionParams
-from kvdock_h2o.kernels import LOG2E, Tile, column_sums, log2_sum_exp2
+from kvdock_h2o.kernels import (
+    LOG2E,
+    SUM_TILE,
+    Tile,
+    _default_tile,
+    column_sums,
+    log2_sum_exp2,
+)
 from kvdock_h2o.scores import reference_column_sums
 
 HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
 SUM_TILES = (
-    Tile(128, 64, 4, 3), Tile(128, 64, 4, 4), Tile(128, 64, 4, 3, 168), Tile(128, 64, 8, 3),
-    Tile(128, 128, 8, 2, 128), Tile(128, 128, 8, 2), Tile(128, 128, 8, 3), Tile(128, 128, 4, 2),
-    Tile(256, 64, 8, 2, 128), Tile(256, 64, 8, 2), Tile(256, 64, 8, 3), Tile(256, 128, 8, 2),
-    Tile(64, 128, 4, 2), Tile(64, 64, 4, 3), Tile(128, 32, 4, 4),
+    Tile(128, 64, 4, 3), Tile(128, 64, 4, 3, shared=True), Tile(128, 64, 4, 4, shared=True),
+    Tile(128, 64, 4, 3, 168), Tile(128, 64, 4, 3, 168, shared=True),
+    Tile(128, 64, 4, 2, shared=True),
+    Tile(128, 128, 8, 2, 128), Tile(128, 128, 8, 2, 128, shared=True),
+    Tile(128, 128, 8, 3, 128, shared=True), Tile(256, 64, 8, 2, 128, shared=True),
+    Tile(64, 128, 4, 2, shared=True), Tile(64, 64, 4, 3, shared=True),
+    Tile(128, 32, 4, 4, shared=True),
 )  # fmt: skip
 LSE_TILES = (
     Tile(64, 128, 4, 3), Tile(64, 128, 8, 3), Tile(128, 128, 8, 2, 128), Tile(128, 128, 8, 2),
@@ -50,7 +61,7 @@ def main() -> None:
         "times": [],
     }
     for length in args.lengths:
-        record["times"] += time_all(length, args.repeats)
+        record["times"] += time_all(length, args.repeats, args.sums_only)
     if args.out:
         Path(args.out).write_text(json.dumps(record, indent=1) + "\n")
 
@@ -84,9 +95,13 @@ def check() -> list[dict[str, Any]]:
         exact = reference_column_sums(q, k, AttentionParams(scaling))
         level = log2_sum_exp2(q, k, scaling)
         mass = q.shape[1] // k.shape[1] * q.shape[2]
-        for name, lse in (("own lse", None), ("lse given", level / LOG2E)):
-            found = column_sums(q, k, scaling, lse)
-            again = column_sums(q, k, scaling, lse)
+        usual = _default_tile(q, SUM_TILE)
+        for name, lse, tile in (
+            ("own lse", None, usual), ("lse given", level / LOG2E, usual),
+            ("shared", level / LOG2E, dataclasses.replace(usual, shared=True)),
+        ):  # fmt: skip
+            found = column_sums(q, k, scaling, lse, tile=tile)
+            again = column_sums(q, k, scaling, lse, tile=tile)
             relative = ((found - exact).abs() / exact).max().item()
             lost = ((found.sum(-1) - mass).abs() / mass).max().item()
             print(f"{f'{case[:6]} {case[6]} {name}'.replace('torch.', ''):>44}", end="")
@@ -97,7 +112,7 @@ def check() -> list[dict[str, Any]]:
     return rows
 
 
-def time_all(length: int, repeats: int) -> list[dict[str, Any]]:
+def time_all(length: int, repeats: int, sums_only: bool) -> list[dict[str, Any]]:
     """Time every tile and the dense attention at one length."""
     q, k = states(1, HEADS, KV_HEADS, length, length, HEAD_DIM, torch.bfloat16)
     scaling = HEAD_DIM**-0.5
@@ -114,6 +129,7 @@ def time_all(length: int, repeats: int) -> list[dict[str, Any]]:
         if tile:
             shape = f"{tile.keys}x{tile.queries} w{tile.warps} s{tile.stages}"
             shape += f" r{tile.registers}" if tile.registers else ""
+            shape += " shared" if tile.shared else ""
         rows.append({"length": length, "what": name, "tile": shape, "ms": ms, "MiB": extra})
         rows[-1]["TFLOP/s"] = flop / ms / 1e9
         print(
@@ -126,6 +142,8 @@ def time_all(length: int, repeats: int) -> list[dict[str, Any]]:
     lse = level / LOG2E
     for tile in SUM_TILES:
         note("sums, lse given", tile, half, lambda t=tile: column_sums(q, k, scaling, lse, tile=t))
+    if sums_only:
+        return rows
     for tile in LSE_TILES:
         note("lse", tile, half, lambda t=tile: log2_sum_exp2(q, k, scaling, tile=t))
     note("sums and lse, default tiles", None, 2 * half, lambda: column_sums(q, k, scaling))
@@ -182,6 +200,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--lengths", type=int, nargs="+", default=[32_768, 131_072])
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--sums-only", action="store_true", help="leave out the other kernels")
     parser.add_argument("--out", help="write the numbers to this JSON file")
     return parser.parse_args()
 

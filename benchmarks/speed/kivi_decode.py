@@ -43,9 +43,9 @@ KINDS = [(2, 32, 128), (4, 32, 128), (2, 64, 128), (4, 128, 128), (2, 32, 32), (
 TUNINGS = [
     Tuning(warps, stages, resident, registers)
     for warps, stages, resident, registers in (
-        (1, 2, 8, None), (1, 2, 16, None), (1, 2, 32, None), (1, 3, 16, None), (1, 3, 32, None),
-        (2, 2, 4, None), (2, 3, 4, None), (2, 2, 8, None), (2, 3, 8, None), (2, 2, 16, None),
-        (2, 3, 16, None),
+        (1, 2, 8, None), (1, 2, 16, None), (1, 2, 32, None), (1, 2, 64, None), (1, 3, 16, None),
+        (1, 3, 32, None), (1, 2, 32, 200), (1, 2, 32, 168), (2, 2, 4, None), (2, 3, 4, None),
+        (2, 2, 8, None), (2, 3, 8, None), (2, 2, 16, None), (2, 3, 16, None),
     )
 ]  # fmt: skip
 

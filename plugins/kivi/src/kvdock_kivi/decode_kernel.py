@@ -128,6 +128,79 @@ def _block_logits(
 
 
 @triton.jit
+def _value_tile(
+    q, codes_at, scale_at, zero_at, from_codes, from_scale, from_zero, acc, extra, top,
+    tile, d, r, dv, column, token_of, values_end, scale, key_blocks, value_blocks,
+    DK: tl.constexpr, DKP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, N: tl.constexpr,
+    ROWS: tl.constexpr, G: tl.constexpr, M: tl.constexpr, GROUPS: tl.constexpr,
+    BITS: tl.constexpr, PART: tl.constexpr, INTERPRET: tl.constexpr,
+):  # fmt: skip
+    """Take one tile into the running sums; ``PART``: not all of its tokens have packed values.
+
+    A probability is multiplied by 2^(3 − BITS·place) before it becomes a half, which both undoes
+    its plane's power of two and keeps it in the middle of the halves' range. The same halves weigh
+    the zero points, one column of channels' group each, and a column of ones that counts the mass.
+    """
+    PLANES: tl.constexpr = 16 // BITS
+    HALF: tl.constexpr = 8 // BITS
+    TILE: tl.constexpr = ROWS * PLANES
+    logits = _block_logits(
+        q, codes_at, scale_at, zero_at, tile, d, r, scale, key_blocks,
+        DK, DKP, N, ROWS, G, BITS, INTERPRET,
+    )  # fmt: skip
+    here = tl.cast(tile, tl.int64)
+    there = tile * (ROWS // N) + r // N < value_blocks
+    if DV == DVP and ROWS == N:
+        words = tl.load(from_codes + here * (ROWS * DV))
+    else:
+        inside = there[:, None] & (dv < DV)[None, :]
+        words = tl.load(from_codes + here * (ROWS * DV), mask=inside, other=0)
+    upper = _upper(words, INTERPRET)
+    parts = ()
+    best = tl.full([M, ROWS], float("-inf"), tl.float32)
+    for j in tl.static_range(PLANES):
+        part = logits[j]
+        if PART:
+            seen = tile * TILE + token_of + j * N < values_end
+            part = tl.where(seen[None, :], part, float("-inf"))
+        best = tl.maximum(best, part)
+        parts = parts + (part,)
+    higher = tl.maximum(top, tl.max(best, 1))
+    fade = tl.exp2(top - higher)[:, None]
+    acc = acc * fade
+    faded = ()
+    for place in tl.static_range(HALF):
+        faded = faded + (extra[place] * fade,)
+    later = faded
+    for j in tl.static_range(PLANES):
+        of_scale = from_scale + here * (TILE * GROUPS) + j * N
+        of_zero = from_zero + here * (TILE * GROUPS) + j * N
+        counted = (column < GROUPS)[None, :]
+        if ROWS == N:
+            s = tl.load(of_scale)
+            z = tl.load(of_zero, mask=counted, other=1.0)
+        else:
+            s = tl.load(of_scale, mask=there[None, :], other=0.0)
+            z = tl.load(of_zero, mask=counted & there[:, None], other=1.0)
+        p = tl.exp2(parts[j] - (higher - (3 - BITS * (j % HALF)))[:, None]).to(tl.float16)
+        later = _replace(later, tl.dot(p, z, later[j % HALF]), j % HALF, HALF)
+        acc = tl.dot(p * s, _plane(words, upper, j, BITS, INTERPRET), acc)
+    return acc, later, higher
+
+
+@triton.jit
+def _replace(items, item, PLACE: tl.constexpr, COUNT: tl.constexpr):
+    """Return the tuple with one entry exchanged."""
+    result = ()
+    for i in tl.static_range(COUNT):
+        if i == PLACE:  # noqa: SIM108  (the compiler takes no tuples from a conditional expression)
+            result = result + (item,)
+        else:
+            result = result + (items[i],)
+    return result
+
+
+@triton.jit
 def _finite(top):
     """Return the maximum, or 0 where nothing was seen yet."""
     return tl.where(top == float("-inf"), 0.0, top)
@@ -146,7 +219,7 @@ def packed_attention(
     D: tl.constexpr, DP: tl.constexpr, DK: tl.constexpr, DKP: tl.constexpr,
     DV: tl.constexpr, DVP: tl.constexpr, M: tl.constexpr, REPEAT: tl.constexpr,
     BITS: tl.constexpr, G: tl.constexpr, R: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr,
-    INTERPRET: tl.constexpr, UPCAST: tl.constexpr, STAGES: tl.constexpr,
+    COLUMNS: tl.constexpr, INTERPRET: tl.constexpr, UPCAST: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Attend over one split of one row and key/value head.
 
@@ -169,6 +242,7 @@ def packed_attention(
     real = m < count
     query_head, query = head * (count // queries) + m // queries, m % queries
     d, r, dv = tl.arange(0, DKP), tl.arange(0, ROWS), tl.arange(0, DVP)
+    column = tl.arange(0, COLUMNS)
     at = q_packed + tl.cast(batch, tl.int64) * p_batch
     at += query_head.to(tl.int64) * p_head + query.to(tl.int64) * p_row
     q = tl.load(at[:, None] + d[None, :], mask=real[:, None] & (d < DK)[None, :], other=0.0)
@@ -239,56 +313,38 @@ def packed_attention(
         from_codes += r[:, None] * DV + dv[None, :]
         # scales of a block: [channel group][token]
         side = (r // N) * (N * PLANES * GROUPS) + r % N
-        side = kind[:, None] * (N * PLANES) + side[None, :]
-        from_scale = value_scale + own * value_blocks * (N * PLANES * GROUPS) + side
-        from_zero = value_zero + own * value_blocks * (N * PLANES * GROUPS) + side
+        from_scale = value_scale + own * value_blocks * (N * PLANES * GROUPS)
+        from_scale += kind[:, None] * (N * PLANES) + side[None, :]
+        from_zero = value_zero + own * value_blocks * (N * PLANES * GROUPS)
+        from_zero += column[None, :] * (N * PLANES) + side[:, None]
         tiles = tl.cdiv(values_end, TILE)
         each = tl.cdiv(tiles, splits)
         begin = (split - 1) * each
-        sums = tl.zeros([M, ROWS], tl.float32)
-        offsets = tl.zeros([M, ROWS], tl.float32)
-        for tile in tl.range(begin, tl.minimum(begin + each, tiles), num_stages=STAGES):
-            logits = _block_logits(
-                q, codes_at, scale_at, zero_at, tile, d, r, scale, key_blocks,
-                DK, DKP, N, ROWS, G, BITS, INTERPRET,
+        end = tl.minimum(begin + each, tiles)
+        whole_end = tl.minimum(end, values_end // TILE)
+        extra = ()
+        for _ in tl.static_range(8 // BITS):
+            extra = extra + (tl.zeros([M, COLUMNS], tl.float32),)
+        for tile in tl.range(begin, whole_end, num_stages=STAGES):
+            acc, extra, top = _value_tile(
+                q, codes_at, scale_at, zero_at, from_codes, from_scale, from_zero,
+                acc, extra, top, tile, d, r, dv, column, token_of, values_end, scale,
+                key_blocks, value_blocks,
+                DK, DKP, DV, DVP, N, ROWS, G, M, GROUPS, BITS, False, INTERPRET,
             )  # fmt: skip
-            here = tl.cast(tile, tl.int64)
-            there = tile * (ROWS // N) + r // N < value_blocks
-            if DV == DVP and ROWS == N:
-                words = tl.load(from_codes + here * (ROWS * DV))
-            else:
-                words = tl.load(
-                    from_codes + here * (ROWS * DV),
-                    mask=there[:, None] & (dv < DV)[None, :], other=0,
-                )  # fmt: skip
-            upper = _upper(words, INTERPRET)
-            parts = ()
-            best = tl.full([M, ROWS], float("-inf"), tl.float32)
-            for j in tl.static_range(PLANES):
-                seen = tile * TILE + token_of + j * N < values_end
-                part = tl.where(seen[None, :], logits[j], float("-inf"))
-                best = tl.maximum(best, part)
-                parts = parts + (part,)
-            higher = tl.maximum(top, tl.max(best, 1))
-            fade = tl.exp2(top - higher)[:, None]
-            top = higher
-            sums, offsets, acc = sums * fade, offsets * fade, acc * fade
-            for j in tl.static_range(PLANES):
-                of_scale = from_scale + here * (TILE * GROUPS) + j * N
-                of_zero = from_zero + here * (TILE * GROUPS) + j * N
-                if ROWS == N:
-                    s, z = tl.load(of_scale), tl.load(of_zero)
-                else:
-                    s = tl.load(of_scale, mask=there[None, :], other=0.0)
-                    z = tl.load(of_zero, mask=there[None, :], other=0.0)
-                p = tl.exp2(parts[j] - top[:, None])
-                sums += p
-                offsets += p * z.to(tl.float32)
-                # halves keep their precision between 2^-14 and 2^16: stay in the middle
-                raised = (p * _power(3 - BITS * (j % (8 // BITS)))).to(tl.float16)
-                acc = tl.dot(raised * s, _plane(words, upper, j, BITS, INTERPRET), acc)
-        mass = tl.sum(sums, 1)
-        acc = acc * _power(21) + tl.sum(offsets, 1)[:, None]
+        for tile in tl.range(tl.maximum(begin, whole_end), end, num_stages=1):
+            acc, extra, top = _value_tile(
+                q, codes_at, scale_at, zero_at, from_codes, from_scale, from_zero,
+                acc, extra, top, tile, d, r, dv, column, token_of, values_end, scale,
+                key_blocks, value_blocks,
+                DK, DKP, DV, DVP, N, ROWS, G, M, GROUPS, BITS, True, INTERPRET,
+            )  # fmt: skip
+        sides = tl.zeros([M, COLUMNS], tl.float32)
+        for place in tl.static_range(8 // BITS):
+            sides += extra[place] * _power(BITS * place - 3)
+        mass = tl.sum(tl.where(column[None, :] == GROUPS, sides, 0.0), 1)
+        offset = tl.sum(tl.where(column[None, :] == kind[:, None], sides, 0.0), 1)
+        acc = acc * _power(21) + offset[:, None]
     acc = acc / tl.maximum(mass, 1e-30)[:, None]
     result = (pair.to(tl.int64) * (splits + 1) + split) * count + m
     writes = real[:, None] & (dv < DV)[None, :]

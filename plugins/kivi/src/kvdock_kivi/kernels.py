@@ -95,7 +95,8 @@ def attend(
             D=dim, DP=_padded(dim), DK=key_dim, DKP=_padded(key_dim),
             DV=value_dim, DVP=_padded(value_dim), M=m, REPEAT=repeat, BITS=geometry.bits,
             G=geometry.group, R=geometry.residual, N=geometry.plane,
-            ROWS=max(16, geometry.plane), INTERPRET=interpret,
+            ROWS=max(16, geometry.plane),
+            COLUMNS=max(8, triton.next_power_of_2(repeat + 1)), INTERPRET=interpret,
             UPCAST=interpret and query.dtype == torch.bfloat16, STAGES=tuning.stages,
             num_warps=tuning.warps, num_stages=tuning.stages, maxnreg=tuning.registers,
         )  # fmt: skip
