@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,6 +18,7 @@ class Item:
     references: list[str]
     units: int
     fit: bool
+    meta: dict[str, Any] = field(default_factory=dict)
 
 
 def make_batches(items: Iterable[Item], size: int, *, padding: bool) -> list[list[Item]]:

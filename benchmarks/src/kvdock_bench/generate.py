@@ -17,6 +17,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 
+from kvdock_bench.protocol import stop_ids
 from kvdock_bench.record import MemoryUse, Timings
 from kvdock_bench.shape import KVShape
 
@@ -173,10 +174,7 @@ class Generator:
         return config
 
     def _end_tokens(self) -> set[int]:
-        ends = self.model.generation_config.eos_token_id
-        if ends is None:
-            return set()
-        return set(ends) if isinstance(ends, list) else {ends}
+        return set(stop_ids(self.model))
 
     def _pad_left(self, prompts: Sequence[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
         width = max(map(len, prompts))

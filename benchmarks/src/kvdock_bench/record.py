@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 OOM = "oom"
@@ -46,7 +46,13 @@ class MemoryUse:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One line of a prediction file; without timings and memory where `error` is set."""
+    """One line of a prediction file; without timings and memory where `error` is set.
+
+    Args:
+        protocol: how the answer was asked for, see `make_protocol`; empty in files of version 1.
+        protocol_id: equal for answers that compare.
+        meta: what the task says about the sample, such as `depths` (shares of the haystack).
+    """
 
     key: str
     method_id: str
@@ -69,7 +75,10 @@ class Record:
     timings: Timings | None = None
     memory: MemoryUse | None = None
     error: str | None = None
-    schema_version: int = 1
+    protocol: dict[str, Any] = field(default_factory=dict)
+    protocol_id: str = ""
+    meta: dict[str, Any] = field(default_factory=dict)
+    schema_version: int = 2
 
     @property
     def finished(self) -> bool:

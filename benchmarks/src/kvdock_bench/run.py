@@ -14,6 +14,7 @@ from kvdock_bench.generate import Answer
 from kvdock_bench.models import Loaded
 from kvdock_bench.plan import Cell, Plan, record_key
 from kvdock_bench.prompting import Prompter
+from kvdock_bench.protocol import make_protocol, protocol_id, stop_ids
 from kvdock_bench.record import Record
 from kvdock_bench.records import RecordStore
 from kvdock_bench.scoring import score
@@ -61,6 +62,13 @@ class Run:
         error: str | None = None,
     ) -> None:
         """Score an answer and store it, or store why there is none."""
+        protocol = make_protocol(
+            self.plan.config,
+            cell.task.name,
+            cell.method,
+            template_id=self.prompter.template_id,
+            stops=stop_ids(self.loaded.model),
+        )
         record = Record(
             key=self.key(cell, item.index),
             method_id=cell.method.method_id,
@@ -77,6 +85,9 @@ class Run:
             device=self.device,
             batch_size=batch_size,
             error=error,
+            protocol=protocol,
+            protocol_id=protocol_id(protocol),
+            meta=item.meta,
         )
         if answer is not None:
             record = dataclasses.replace(

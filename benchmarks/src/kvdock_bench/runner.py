@@ -54,7 +54,7 @@ class Runner:
         ids = fitted.prompt.input_ids
         sha = hashlib.sha256(",".join(map(str, ids)).encode()).hexdigest()[:16]
         references = list(fitted.sample.references)
-        return Item(index, ids, sha, references, fitted.units, fitted.fit)
+        return Item(index, ids, sha, references, fitted.units, fitted.fit, fitted.sample.meta)
 
     def _run_cell(self, cell: Cell, items: list[Item]) -> None:
         for item in items:

@@ -99,6 +99,7 @@ class BenchConfig(_Section):
     template: str | None = "auto"
     no_template_tasks: tuple[str, ...] = ()
     answer_prefix: Literal["after_header", "in_user", "none"] = "after_header"
+    question: Literal["aware"] = "aware"
     max_length: Annotated[int, Field(ge=2)] | None = None
     generation: Generation = Generation()
     batch_size: Count | Literal["auto"] = 1
