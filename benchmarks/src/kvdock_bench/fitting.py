@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from kvdock_bench.prompting import Prompt, Prompter
@@ -10,6 +12,10 @@ from kvdock_bench.tasks import Args, Sample, SampleKey, Task
 
 if TYPE_CHECKING:
     from kvdock_bench.sources import TaskData
+
+
+# A prompt that stays further below its length, as a share of it, is filled up with words.
+TOLERANCE = 0.01
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,24 +44,34 @@ def fit_sample(
     room = length - prompter.config.max_new_tokens(task)
     low, high = task.units(length, args, data)
 
-    def attempt(units: int) -> tuple[Sample, int]:
-        sample = replace(task.build(units, key, args, data), index=index)
+    def attempt(units: int, fill: int = 0) -> tuple[Sample, int]:
+        sample = replace(task.build(units, key, args, data, fill=fill), index=index)
         return sample, len(prompter.tokens(sample)[1])
 
+    units, best, tokens = _largest(attempt, low, high, room)
+    if length * TOLERANCE < room - tokens:
+        fill, best, _ = _largest(partial(attempt, units), 0, room - tokens, room)
+        best = replace(best, meta={**best.meta, "fill": fill})
+    return Fitted(best, prompter.render(best), units, tokens <= room)
+
+
+def _largest(
+    attempt: Callable[[int], tuple[Sample, int]], low: int, high: int, room: int
+) -> tuple[int, Sample, int]:
+    """Return the largest size whose tokens fit, its sample and its tokens; at least `low`'s."""
     best, tokens = attempt(low)
-    fit = tokens <= room
-    units, over, step = low, high + 1, 0
+    best_tokens, size, over, step = tokens, low, high + 1, 0
     here = before = (low, tokens)
-    while fit and over - units > 1:
+    while best_tokens <= room and over - size > 1:
         step += 1
-        probe = _next_probe(units, over, (before, here), room, bisect=step % 4 == 0)
+        probe = _next_probe(size, over, (before, here), room, bisect=step % 4 == 0)
         sample, tokens = attempt(probe)
         before, here = here, (probe, tokens)
         if tokens <= room:
-            best, units = sample, probe
+            best, size, best_tokens = sample, probe, tokens
         else:
             over = probe
-    return Fitted(best, prompter.render(best), units, fit)
+    return size, best, best_tokens
 
 
 def _next_probe(
@@ -70,7 +86,7 @@ def _next_probe(
     if bisect:
         guess = (units + over) // 2
     elif x0 == x1 or y0 == y1:
-        guess = 2 * units
+        guess = 2 * units + 1
     else:
         guess = x1 + (room - y1) * (x1 - x0) // (y1 - y0)
     return min(max(guess, units + 1), over - 1)

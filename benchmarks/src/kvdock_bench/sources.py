@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 # Raise it when the same key starts to give another prompt: old answers must not be reused then.
-GENERATOR = 1
+GENERATOR = 2
 
 
 class TaskData:

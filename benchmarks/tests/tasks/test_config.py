@@ -24,7 +24,7 @@ def write(tmp_path):
 
 
 def test_packaged_configs_load_by_any_case():
-    assert packaged_configs() == ["RULER", "RULER_all", "demo"]
+    assert packaged_configs() == ["RULER", "RULER_all", "RULER_reference", "demo"]
     for name in packaged_configs():
         config = load_config(name)
         assert config == load_config(name.lower()) == load_config(name.upper())
@@ -32,6 +32,7 @@ def test_packaged_configs_load_by_any_case():
     assert load_config("ruler").task_names == GROUPS["light"]
     assert load_config("RULER").length == (512, 1024, 2048)
     assert load_config("RULER_all").task_names == GROUPS["all"]
+    assert load_config("RULER_reference").task_names == GROUPS["all"]
     assert load_config("demo").length == (512, 1024)
 
 
@@ -153,7 +154,7 @@ def test_a_yaml_bomb_ends_in_a_short_message(write):
 
 
 def test_missing_large_and_binary_files(write, tmp_path):
-    with pytest.raises(BenchError, match=r"Did you mean 'RULER'.*Allowed: RULER, RULER_all, demo"):
+    with pytest.raises(BenchError, match=r"Did you mean 'RULER'.*Allowed: RULER, RULER_all, .*demo"):
         load_config("RULLER")
     with pytest.raises(BenchError, match="No config"):
         load_config(tmp_path)

@@ -76,8 +76,15 @@ class Task(Protocol):
     def units(self, length: int, args: Args, data: TaskData) -> tuple[int, int]:
         """Return the smallest and the largest number of units worth trying at this length."""
 
-    def build(self, n_units: int, key: SampleKey, args: Args, data: TaskData) -> Sample:
-        """Make the sample with this many units; the same key gives the same question."""
+    def build(
+        self, n_units: int, key: SampleKey, args: Args, data: TaskData, *, fill: int = 0
+    ) -> Sample:
+        """Make the sample with this many units; the same key gives the same question.
+
+        Args:
+            fill: words of padding to add, for a task whose units have many tokens; each adds at
+                least one token, and none of them touches the question or the answer.
+        """
 
     def data_source(self, data: TaskData) -> str:
         """Say where the texts come from; starts with "offline substitute" where RULER's differ."""

@@ -45,7 +45,9 @@ class CommonWords:
         most = len(vocabulary()) - args["num_cw"] - _KEPT_FOR_EXAMPLE
         return 2, max(2, min(most, length // 2))
 
-    def build(self, n_units: int, key: SampleKey, args: Args, data: TaskData) -> Sample:
+    def build(
+        self, n_units: int, key: SampleKey, args: Args, data: TaskData, *, fill: int = 0
+    ) -> Sample:
         """Mix the common words with n_units others that appear less often."""
         n_common = args["num_cw"]
         often, seldom, one_shot = _frequencies(key.length, args)

@@ -39,7 +39,9 @@ class FrequentWords:
         low = math.ceil(1 / gap)
         return low, max(low, length)
 
-    def build(self, n_units: int, key: SampleKey, args: Args, data: TaskData) -> Sample:
+    def build(
+        self, n_units: int, key: SampleKey, args: Args, data: TaskData, *, fill: int = 0
+    ) -> Sample:
         """Repeat each coded word as often as its rank says and shuffle."""
         rng = key.rng("words")
         coded: dict[str, None] = {}
@@ -48,6 +50,8 @@ class FrequentWords:
         words = [DOTS, *coded]
         alpha, total = args["alpha"], _zeta(args["alpha"])
         counts = [int(n_units * rank**-alpha / total) for rank in range(1, len(words) + 1)]
+        # The question says to ignore the dots, so more of them only make the text longer.
+        counts[0] += fill
         text = [word for word, n in zip(words, counts, strict=True) for _ in range(n)]
         key.rng("order").shuffle(text)
         return Sample(

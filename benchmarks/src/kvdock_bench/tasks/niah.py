@@ -56,7 +56,9 @@ class Niah:
             return 30, length
         return 2, max(2, length // 10)
 
-    def build(self, n_units: int, key: SampleKey, args: Args, data: TaskData) -> Sample:
+    def build(
+        self, n_units: int, key: SampleKey, args: Args, data: TaskData, *, fill: int = 0
+    ) -> Sample:
         """Hide the needles in n_units of haystack and ask for the queried ones."""
         n_values, n_queries = args["num_needle_v"], args["num_needle_q"]
         n_keys = max(args["num_needle_k"], n_queries)
@@ -77,6 +79,7 @@ class Niah:
                 # The same stream as the needles' own: no distractor repeats a key or a value.
                 hay = [self._sentence(*next(pairs)) for _ in range(n_units)]
             context, depths = _hide_in_lines(lines, hay, key.rng("depth"))
+            context += padding(fill)
         meta = {"depths": depths, "keys": asked, "args": dict(args)}
         return self._sample(context, asked, references, meta)
 
@@ -108,6 +111,13 @@ class Niah:
             references=references,
             meta=meta,
         )
+
+
+def padding(n_words: int) -> str:
+    """Return lines of noise, the last of them cut, each after a line end."""
+    words = NOISE.split()
+    cut = [NOISE] * (n_words // len(words)) + [" ".join(words[: n_words % len(words)])]
+    return "".join(f"\n{line}" for line in cut if line)
 
 
 def _fresh_pairs(rng: random.Random, key_kind: str, value_kind: str) -> Iterator[tuple[str, str]]:

@@ -5,7 +5,9 @@ Prompt wording and task parameters follow RULER (Hsieh et al., COLM 2024, https:
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain, islice
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from kvdock_bench.tasks.base import Args, Sample, SampleKey, check_args
@@ -38,15 +40,15 @@ class DocumentQA:
         """Count pieces of other documents: sentences of made-up ones, else whole documents."""
         return 1, max(1, length // 5)
 
-    def build(self, n_units: int, key: SampleKey, args: Args, data: TaskData) -> Sample:
+    def build(
+        self, n_units: int, key: SampleKey, args: Args, data: TaskData, *, fill: int = 0
+    ) -> Sample:
         """Hide the question's documents among n_units pieces of others."""
         question = data.qa(self.hops).question(key)
-        documents: list[str] = []
-        for pieces in question.others:
-            if n_units <= 0:
-                break
-            documents.append(" ".join(pieces[:n_units]))
-            n_units -= len(pieces)
+        documents, rest = _take(question.others, n_units)
+        if fill and documents:
+            # a document of their own would need a heading, too coarse a step for short prompts
+            documents[-1] += "".join(f" {word}" for word in islice(rest, fill))
         order = key.rng("order")
         depths = [order.random() for _ in question.gold]
         n_others = len(documents)
@@ -66,6 +68,20 @@ class DocumentQA:
     def data_source(self, data: TaskData) -> str:
         """Name the collection of questions."""
         return data.qa(self.hops).label
+
+
+def _take(others: Iterator[list[str]], n_units: int) -> tuple[list[str], Iterator[str]]:
+    """Return documents of so many pieces, the last of them cut, and the words that follow."""
+    documents: list[str] = []
+    cut: list[str] = []
+    for pieces in others:
+        documents.append(" ".join(pieces[:n_units]))
+        cut = pieces[n_units:]
+        n_units -= len(pieces)
+        if n_units <= 0:
+            break
+    following = chain(cut, chain.from_iterable(others))
+    return documents, (word for piece in following for word in piece.split())
 
 
 QA_TASKS = (DocumentQA("qa_1", hops=1), DocumentQA("qa_2", hops=2))

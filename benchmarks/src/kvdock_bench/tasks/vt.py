@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from kvdock_bench.tasks.base import Args, Range, Sample, SampleKey, check_args
-from kvdock_bench.tasks.niah import NOISE
+from kvdock_bench.tasks.niah import NOISE, padding
 
 if TYPE_CHECKING:
     from kvdock_bench.sources import TaskData
@@ -36,10 +36,13 @@ class VariableTracking:
         """Count blocks of noise."""
         return 1, max(1, length // 10)
 
-    def build(self, n_units: int, key: SampleKey, args: Args, data: TaskData) -> Sample:
+    def build(
+        self, n_units: int, key: SampleKey, args: Args, data: TaskData, *, fill: int = 0
+    ) -> Sample:
         """Scatter the chains over n_units blocks of noise."""
         chains, hops = args["num_chains"], args["num_hops"]
         context, question, prefix, answer = _problem(n_units, 5, chains, hops, key.rng("chains"))
+        context += padding(fill)
         if args["one_shot"]:
             # RULER's example has 500 tokens; a shorter prompt gets a shorter example.
             blocks = max(1, min(10, key.length // 256))
