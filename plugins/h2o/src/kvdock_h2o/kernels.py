@@ -28,8 +28,7 @@ class Tile:
     """Say how one program is cut: keys and queries per tile, warps, depth of the pipeline.
 
     ``registers`` caps those of a thread, so that two programs share a multiprocessor and one
-    multiplies while the other takes exponentials. ``shared``: one exponential in four comes from a
-    polynomial, because the unit for exponentials alone would be as busy as the tensor cores.
+    multiplies while the other takes exponentials.
     """
 
     keys: int
@@ -37,33 +36,8 @@ class Tile:
     warps: int
     stages: int
     registers: int | None = None
-    shared: bool = False
 
 
-MIXED_EXP2 = tl.constexpr(
-    """{
-    .reg .f32 x, near, rest, sum;
-    .reg .b32 power, bits;
-    ex2.approx.ftz.f32 $0, $4;
-    ex2.approx.ftz.f32 $1, $5;
-    ex2.approx.ftz.f32 $2, $6;
-    max.f32 x, $7, 0fC2FC0000;
-    add.rn.f32 near, x, 0f4B400000;
-    sub.rn.f32 rest, near, 0f4B400000;
-    sub.rn.f32 rest, x, rest;
-    fma.rn.f32 sum, rest, 0f3C1CCBEA, 0f3D650A20;
-    fma.rn.f32 sum, sum, rest, 0f3E76036D;
-    fma.rn.f32 sum, sum, rest, 0f3F31706E;
-    fma.rn.f32 sum, sum, rest, 0f3F7FFFF4;
-    mov.b32 power, near;
-    shl.b32 power, power, 23;
-    mov.b32 bits, sum;
-    add.s32 bits, bits, power;
-    mov.b32 $3, bits;
-    }"""
-)
-"""Four powers of two: three by the unit for exponentials, the last one as 2^n · p(x − n), where n
-is the integer nearest to x ≥ −126 and p of degree 4 is within 2.6e-6 of 2^y for |y| ≤ 1/2."""
 SUM_TILE = Tile(keys=128, queries=64, warps=4, stages=3)
 LSE_TILE = Tile(keys=128, queries=128, warps=8, stages=2, registers=128)
 
@@ -112,7 +86,6 @@ def column_sums(
         kv_heads, q, n, scaling * LOG2E,
         GROUP=h // kv_heads, HEAD_DIM=d, PADDED=max(16, triton.next_power_of_2(d)),
         KEYS=tile.keys, QUERIES=tile.queries, UPCAST=_upcast(queries),
-        SHARED=tile.shared and os.environ.get("TRITON_INTERPRET") != "1",
         num_warps=tile.warps, num_stages=tile.stages, maxnreg=tile.registers,
     )  # fmt: skip
     return sums
@@ -154,24 +127,15 @@ def _tile(
 
 
 @triton.jit
-def _exp2(x, SHARED: tl.constexpr):
-    """Return 2^x for x of at most about 1; ``SHARED``: every fourth within 4e-6 of it."""
-    if SHARED:
-        return tl.inline_asm_elementwise(
-            MIXED_EXP2, "=f,=f,=f,=f,f,f,f,f", [x], dtype=tl.float32, is_pure=True, pack=4
-        )
-    return tl.exp2(x)
-
-
-@triton.jit
 def _sum_rows(
     total, key, n, m, d, query_base, level_base, q_row, past, q_length, scale, begin, end,
     HEAD_DIM: tl.constexpr, PADDED: tl.constexpr, QUERIES: tl.constexpr,
-    WHOLE: tl.constexpr, UPCAST: tl.constexpr, SHARED: tl.constexpr,
+    WHOLE: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Add the probabilities that queries ``begin … end`` of one head give to a block of keys.
 
-    ``WHOLE``: all of them exist and see all of the keys.
+    The total is [QUERIES, KEYS] and summed over its rows at the very end: no exchange between
+    threads on the way. ``WHOLE``: all of the queries exist and see all of the keys.
     """
     offset = m[:, None] * q_row + d[None, :]
     for first in range(begin, end, QUERIES):
@@ -181,14 +145,14 @@ def _sum_rows(
         query = _tile(base, offset, inside, d, HEAD_DIM, PADDED, WHOLE)
         if UPCAST:
             query = query.to(tl.float32)
-        logits = tl.dot(key, tl.trans(query), input_precision="tf32x3")
+        logits = tl.dot(query, tl.trans(key), input_precision="tf32x3")
         if WHOLE:
-            share = logits * scale - tl.load((level_base + first) + m)[None, :]
+            share = logits * scale - tl.load((level_base + first) + m)[:, None]
         else:  # a query beyond the last one gets the level +inf and so the probability zero
             level = tl.load((level_base + first) + m, mask=inside, other=float("inf"))
-            share = logits * scale - level[None, :]
-            share = tl.where(past + row[None, :] >= n[:, None], share, float("-inf"))
-        total += tl.sum(_exp2(share, SHARED), 1)
+            share = logits * scale - level[:, None]
+            share = tl.where(past + row[:, None] >= n[None, :], share, float("-inf"))
+        total += tl.exp2(share)
     return total
 
 
@@ -198,7 +162,7 @@ def _sum_columns(
     q_batch, q_head, q_row, k_batch, k_head, k_row,
     kv_heads, q_length, k_length, scale,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, PADDED: tl.constexpr,
-    KEYS: tl.constexpr, QUERIES: tl.constexpr, UPCAST: tl.constexpr, SHARED: tl.constexpr,
+    KEYS: tl.constexpr, QUERIES: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Sum the probabilities of one block of keys; blocks seen by most queries start first."""
     start = tl.program_id(0) * KEYS
@@ -216,24 +180,24 @@ def _sum_columns(
     partly = tl.minimum(tl.maximum(start + KEYS - 1 - past, 0), q_length) - begin
     middle = begin + tl.cdiv(partly, QUERIES) * QUERIES
     rest = middle + tl.maximum(q_length - middle, 0) // QUERIES * QUERIES
-    total = tl.zeros([KEYS], tl.float32)
+    total = tl.zeros([QUERIES, KEYS], tl.float32)
     for g in range(GROUP):
         query_head = head * GROUP + g
         query_base = q + batch * q_batch + query_head * q_head
         level_base = level + (pair * GROUP + g) * q_length
         total = _sum_rows(
             total, key, n, m, d, query_base, level_base, q_row, past, q_length, scale,
-            begin, middle, HEAD_DIM, PADDED, QUERIES, False, UPCAST, SHARED,
+            begin, middle, HEAD_DIM, PADDED, QUERIES, False, UPCAST,
         )  # fmt: skip
         total = _sum_rows(
             total, key, n, m, d, query_base, level_base, q_row, past, q_length, scale,
-            middle, rest, HEAD_DIM, PADDED, QUERIES, True, UPCAST, SHARED,
+            middle, rest, HEAD_DIM, PADDED, QUERIES, True, UPCAST,
         )  # fmt: skip
         total = _sum_rows(
             total, key, n, m, d, query_base, level_base, q_row, past, q_length, scale,
-            rest, q_length, HEAD_DIM, PADDED, QUERIES, False, UPCAST, SHARED,
+            rest, q_length, HEAD_DIM, PADDED, QUERIES, False, UPCAST,
         )  # fmt: skip
-    tl.store(sums + pair * k_length + n, total, mask=n < k_length)
+    tl.store(sums + pair * k_length + n, tl.sum(total, 0), mask=n < k_length)
 
 
 @triton.jit
