@@ -32,11 +32,17 @@ class Tuning:
 PAST = Tuning(warps=4, stages=2, resident=1)
 
 
-def decode_tuning(bits: int, rows: int) -> Tuning:
-    """Return what was fastest on an H100 for ``rows`` pairs of a row and a key/value head."""
+def decode_tuning(bits: int, rows: int, tokens: int) -> Tuning:
+    """Return what was fastest on an H100.
+
+    Args:
+        rows: pairs of a row and a key/value head. tokens: of the longest row.
+    """
     if rows < 32:
-        return Tuning(warps=2, stages=3, resident=4)
-    return Tuning(warps=1, resident=32) if bits == 2 else Tuning(warps=2, stages=3)
+        return Tuning(warps=2, stages=3 if bits == 2 else 2, resident=4)
+    if bits == 2:
+        return Tuning(warps=1, resident=32 if tokens > 65_536 else 16)
+    return Tuning(warps=2, stages=3)
 
 
 def attend(
@@ -70,7 +76,8 @@ def attend(
     count = heads // kv_heads * queries
     repeat = value_dim // geometry.group
     m = 64 if count > 16 else max(16, triton.next_power_of_2(count * repeat))
-    tuning = tuning or (decode_tuning(geometry.bits, b * kv_heads) if count <= 16 else PAST)
+    if tuning is None:
+        tuning = decode_tuning(geometry.bits, b * kv_heads, longest) if count <= 16 else PAST
     if m > 64:
         m = 64
     parts = triton.cdiv(count * repeat, m)
