@@ -12,7 +12,6 @@ from torch import Tensor
 from kvdock.kernels.window_scores import window_probabilities
 from kvdock.policy import AttentionParams
 
-EPSILON = 1e-10
 LARGEST_LOG = 600.0
 """Keeps preferences and their reciprocals finite in float64."""
 
@@ -24,7 +23,8 @@ def window_statistics(
 
     With A the window's probabilities on the prefix, not renormalised:
     indicator[k, j] = mean_g (mean_r A + γ·var_r A), before pooling;
-    dispersion = −Σ A·log(A + ε), shift = Σ var_r A.
+    dispersion = −Σ A·log A, shift = Σ var_r A. (The authors' log(A + 1e-10) differs
+    by less than float32 resolves.)
 
     Args:
         queries: the last W queries, [1, H, W, D].
@@ -42,9 +42,9 @@ def window_statistics(
         variance, mean = torch.var_mean(part, dim=3, correction=min(1, window - 1))
         indicators.append(mean.add_(variance, alpha=gamma).mean(dim=2))
         shifts.append(variance.sum())
-        dispersions.append((part + EPSILON).log_().mul_(part).sum())
+        dispersions.append(torch.special.entr(part).sum())
         del block, part  # before the next block is made
-    layer = torch.stack([-torch.stack(dispersions).sum(), torch.stack(shifts).sum()])
+    layer = torch.stack([torch.stack(dispersions).sum(), torch.stack(shifts).sum()])
     return torch.cat(indicators, dim=1), layer
 
 
