@@ -1,0 +1,97 @@
+"""Time whole answers on a GPU: a long prompt and many new tokens, each method against plain use.
+
+The baseline is the unmodified model with transformers' own cache; the methods run as `attach` gives
+them, with captured decode. One process, the Llama-3.1-8B shape with random weights:
+
+    python benchmarks/speed/end_to_end.py --batch 1 --length 32768 --new-tokens 512 --out RESULTS.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from long_prompt import llama_8b
+from measure import GIB, environment
+
+import kvdock
+from kvdock.testing import Case
+
+
+def main() -> None:
+    """Time the plain model, then every method; a failure is noted and does not stop the rest."""
+    args = _arguments()
+    model = llama_8b(args.layers)
+    prompt = torch.randint(10, 120_000, (args.batch, args.length), device="cuda")
+    shape = f"Llama-3.1-8B, random weights, bfloat16, {args.layers} layers"
+    record: dict[str, Any] = {"environment": environment(shape=shape), "runs": []}
+    for system in ["full", *args.methods]:
+        row: dict[str, Any] = {"system": system, "batch": args.batch, "length": args.length}
+        row["new_tokens"] = args.new_tokens
+        try:
+            row |= timed(model, system, prompt, args)
+            full = record["runs"][0] if record["runs"] else row
+            row["times_faster"] = round(full["total_s"] / row["total_s"], 2)
+        except Exception as error:
+            row["error"] = f"{type(error).__name__}: {error}"[:300]
+        record["runs"].append(row)
+        print(json.dumps(row), flush=True)
+        if args.out:
+            Path(args.out).write_text(json.dumps(record, indent=1) + "\n")
+
+
+def timed(
+    model: Any, system: str, prompt: torch.Tensor, args: argparse.Namespace
+) -> dict[str, Any]:
+    """Return the seconds of one `generate()` call after a short one that warms libraries up."""
+    if system == "full":
+        return _generate(model, prompt, args)
+    budgeted = any(record.default_budget for record in Case(system).records)
+    budget = {"budget": args.budget} if budgeted else {}
+    with kvdock.attach(model, system, **budget) as dock:
+        row = _generate(model, prompt, args)
+        row["kv_gib"] = round(dock.report().bytes_held / GIB, 3)
+    return row | budget
+
+
+def _generate(model: Any, prompt: torch.Tensor, args: argparse.Namespace) -> dict[str, Any]:
+    for text, count in ((prompt[:, :2304], 4), (prompt, args.new_tokens)):
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        output = model.generate(
+            text,
+            attention_mask=torch.ones_like(text),
+            min_new_tokens=count,
+            max_new_tokens=count,
+            do_sample=False,
+        )
+        torch.cuda.synchronize()
+        seconds = time.perf_counter() - start
+        assert output.shape[1] == text.shape[1] + count
+        del output
+    peak = torch.cuda.max_memory_allocated() / GIB
+    return {"total_s": round(seconds, 3), "peak_gib": round(peak, 2)}
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--methods", nargs="+", default=["snapkv"])
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--length", type=int, default=32_768)
+    parser.add_argument("--new-tokens", type=int, default=512)
+    parser.add_argument("--budget", type=int, default=2048)
+    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--out")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
