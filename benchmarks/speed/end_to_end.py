@@ -3,7 +3,7 @@
 The baseline is the unmodified model with transformers' own cache; the methods run as `attach` gives
 them, with captured decode. One process, the Llama-3.1-8B shape with random weights:
 
-    python benchmarks/speed/end_to_end.py --batch 1 --length 32768 --new-tokens 512 --out RESULTS.json
+    python benchmarks/speed/end_to_end.py --batch 1 --methods snapkv h2o --out RESULTS.json
 """
 
 from __future__ import annotations
