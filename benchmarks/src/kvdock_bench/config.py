@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import reprlib
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ import yaml
 from pydantic import ValidationError
 
 from kvdock_bench.errors import BenchError, did_you_mean
-from kvdock_bench.schema import BenchConfig, DataSources, Generation, parse_length
+from kvdock_bench.schema import BenchConfig, DataSources, Generation, JsonlFile, parse_length
 
 __all__ = [
     "BenchConfig",
@@ -23,7 +25,12 @@ __all__ = [
 ]
 
 _LARGEST = 1 << 20
-_SECTIONS: dict[str, Any] = {"": BenchConfig, "generation": Generation, "data": DataSources}
+_SECTIONS: dict[str, Any] = {
+    "": BenchConfig,
+    "generation": Generation,
+    "data": DataSources,
+    "jsonl": JsonlFile,
+}
 
 
 class _Loader(yaml.SafeLoader):
@@ -49,17 +56,12 @@ def packaged_configs() -> list[str]:
 
 
 def load_config(name_or_path: str | Path) -> BenchConfig:
-    """Load a packaged config by name (any case), or a YAML file by path."""
-    text, origin = _read(str(name_or_path))
-    try:
-        content = yaml.load(text, Loader=_Loader)
-    except (yaml.YAMLError, RecursionError) as err:
-        raise BenchError(f"{origin}: not plain YAML: {err}") from err
-    if content is None:
-        content = {}
-    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
-        raise BenchError(f"{origin}: expected `key: value` lines, found {_short(content)}.")
-    return make_config(content, origin)
+    """Load a packaged config by name (any case), or a YAML file by path.
+
+    A file may begin from another one: `extends: NAME_OR_PATH`, the path relative to the file.
+    """
+    source = _find(str(name_or_path))
+    return make_config(_merged(source, []), source.origin)
 
 
 def make_config(content: dict[str, Any], origin: str) -> BenchConfig:
@@ -75,20 +77,70 @@ def make_config(content: dict[str, Any], origin: str) -> BenchConfig:
 
 def override(config: BenchConfig, **changes: Any) -> BenchConfig:
     """Return the config with some keys changed and everything checked again."""
-    content = {**config.model_dump(mode="python"), **changes}
+    content = {**config.model_dump(mode="json"), **changes}
     return make_config(content, "command line")
 
 
-def _read(name: str) -> tuple[str, str]:
-    packaged = {known.lower(): known for known in packaged_configs()}
-    path = Path(name).expanduser()
-    if name.lower() in packaged and not path.is_file():
-        entry = resources.files("kvdock_bench") / "configs" / f"{packaged[name.lower()]}.yaml"
-        return entry.read_text("utf-8"), entry.name
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """Where a config's text is; `folder` is None for a packaged one."""
+
+    origin: str
+    text: str
+    folder: Path | None
+
+
+def _merged(source: _Source, chain: list[str]) -> dict[str, Any]:
+    """Return a config's keys over those of the config it extends."""
+    chain = [*chain, source.origin]
+    if source.origin in chain[:-1]:
+        raise BenchError(
+            f"{chain[0]}: the configs extend each other in a circle: {' -> '.join(chain)}. "
+            "Take `extends` out of one of them."
+        )
+    content = _parse(source)
+    base = content.pop("extends", None)
+    files = content.get("jsonl")
+    if source.folder is not None and isinstance(files, dict):
+        for entry in files.values():
+            if isinstance(entry, dict) and isinstance(entry.get("path"), str):
+                entry["path"] = str(source.folder / Path(entry["path"]).expanduser())
+    if base is None:
+        return content
+    if not isinstance(base, str):
+        raise BenchError(f"{source.origin}: extends: expected a config, found {_short(base)}.")
+    merged = _merged(_find(base, source.folder), chain)
+    if "lengths" in content or "length" in content:
+        merged = {key: merged[key] for key in merged if key not in ("length", "lengths")}
+    for key, value in content.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = {**merged[key], **value} if both else value
+    return merged
+
+
+def _parse(source: _Source) -> dict[str, Any]:
     try:
+        content = yaml.load(source.text, Loader=_Loader)
+    except (yaml.YAMLError, RecursionError) as err:
+        raise BenchError(f"{source.origin}: not plain YAML: {err}") from err
+    if content is None:
+        content = {}
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+        raise BenchError(f"{source.origin}: expected `key: value` lines, found {_short(content)}.")
+    return content
+
+
+def _find(name: str, folder: Path | None = None) -> _Source:
+    packaged = {known.lower(): known for known in packaged_configs()}
+    path = (folder or Path()) / Path(name).expanduser()
+    try:
+        if name.lower() in packaged and not path.is_file():
+            entry = resources.files("kvdock_bench") / "configs" / f"{packaged[name.lower()]}.yaml"
+            return _Source(entry.name, entry.read_text("utf-8"), None)
         if path.stat().st_size > _LARGEST:
             raise BenchError(f"{path}: larger than 1 MiB; that is no config file.")
-        return path.read_text("utf-8"), str(path)
+        origin = Path(os.path.normpath(path))
+        return _Source(str(origin), path.read_text("utf-8"), origin.parent)
     except (OSError, UnicodeDecodeError, ValueError) as err:
         hint = did_you_mean(path.stem, packaged.values())
         raise BenchError(
@@ -105,8 +157,8 @@ def _explain(error: Any) -> str:
         hint = did_you_mean(path[-1], section.model_fields)
         return f"unknown key {'.'.join(path)!r} (value {value}).{hint}"
     # Below a field, pydantic adds the names of tried types; users know keys only.
-    depth = 2 if path[:1] in (["generation"], ["data"], ["task_args"]) else 1
-    where = ".".join(path[:depth])
+    depth = {"generation": 2, "data": 2, "task_args": 2, "jsonl": 3}
+    where = ".".join(path[: depth.get(path[0], 1)]) if path else ""
     reason = error["msg"].removeprefix("Value error, ")
     return f"{where}: {reason}; found {value}." if where else reason
 

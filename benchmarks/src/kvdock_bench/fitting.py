@@ -8,7 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from kvdock_bench.prompting import Prompt, Prompter
-from kvdock_bench.tasks import Args, Sample, SampleKey, Task
+from kvdock_bench.tasks import OWN_LENGTH, Args, Sample, SampleKey, Task
 
 if TYPE_CHECKING:
     from kvdock_bench.sources import TaskData
@@ -38,9 +38,16 @@ def fit_sample(
     data: TaskData,
     args: Args | None = None,
 ) -> Fitted:
-    """Fit one sample so that prompt tokens and generation budget stay within the length."""
+    """Fit one sample so that prompt tokens and generation budget stay within the length.
+
+    Args:
+        length: OWN_LENGTH leaves the prompt as the task makes it.
+    """
     args = prompter.config.args_for(task) if args is None else {**task.defaults, **args}
     key = SampleKey(task.name, length, index, seed)
+    if length == OWN_LENGTH:
+        sample = replace(task.build(1, key, args, data), index=index)
+        return Fitted(sample, prompter.render(sample), 1, fit=True)
     room = length - prompter.config.max_new_tokens(task)
     low, high = task.units(length, args, data)
 

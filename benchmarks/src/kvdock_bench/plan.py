@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from kvdock import Budget
@@ -34,10 +34,19 @@ class Cell:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """The config's samples for each method; methods share every prompt."""
+    """The config's samples for each method; methods share every prompt.
+
+    Args:
+        counts: samples of the tasks that have fewer than the config asks for.
+    """
 
     config: BenchConfig
     methods: tuple[MethodConfig, ...]
+    counts: Mapping[str, int] = field(default_factory=dict)
+
+    def count(self, task: str) -> int:
+        """Return the number of samples a cell of this task has."""
+        return self.counts.get(task, self.config.num_samples)
 
     def groups(self) -> Iterator[tuple[int, Task, list[Cell]]]:
         """Yield the cells that share their prompts, from short to long."""
@@ -53,7 +62,14 @@ class Plan:
     @property
     def n_samples(self) -> int:
         """Return the number of answers to generate."""
-        return len(self.cells) * self.config.num_samples
+        return sum(self.count(cell.task.name) for cell in self.cells)
+
+
+def make_plan(config: BenchConfig, methods: Sequence[MethodConfig], data: TaskData) -> Plan:
+    """Return the plan of a config, whose own files may hold fewer samples than it asks for."""
+    sizes = {task.name: task.size(data) for task in config.tasks if hasattr(task, "size")}
+    counts = {name: size for name, size in sizes.items() if size < config.num_samples}
+    return Plan(config, tuple(methods), counts)
 
 
 def run_identity(

@@ -27,12 +27,12 @@ class _Bar:
     def __init__(self, bar: Progress, tokens: int, samples: int) -> None:
         self._bar = bar
         self._total, self._done = samples, 0
-        self._task = bar.add_task("", total=tokens, count=f"0/{samples}")
+        self._task = bar.add_task("", total=tokens or samples, count=f"0/{samples}")
 
     def advance(self, tokens: int, samples: int, label: str) -> None:
         self._done += samples
         count = f"{self._done}/{self._total}"
-        self._bar.update(self._task, advance=tokens, description=label, count=count)
+        self._bar.update(self._task, advance=tokens or samples, description=label, count=count)
 
     def note(self, text: str) -> None:
         self._bar.console.print(text, highlight=False, markup=False)
@@ -43,13 +43,13 @@ class _Lines:
 
     def __init__(self, console: Console, tokens: int, samples: int) -> None:
         self._console = console
-        self._tokens, self._tokens_done = tokens, 0
+        self._tokens, self._tokens_done = tokens or samples, 0
         self._samples, self._done = samples, 0
         self._start = self._last = time.monotonic()
         self._label = ""
 
     def advance(self, tokens: int, samples: int, label: str) -> None:
-        self._tokens_done += tokens
+        self._tokens_done += tokens or samples
         self._done += samples
         now = time.monotonic()
         if label == self._label and now - self._last < 60 and self._done < self._samples:

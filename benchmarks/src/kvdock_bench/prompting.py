@@ -42,7 +42,7 @@ class Prompter:
 
     def tokens(self, sample: Sample) -> tuple[str, list[int]]:
         """Return the whole prompt's text and tokens, before any cut."""
-        body = f"{sample.context}\n{sample.question}"
+        body = "\n".join(part for part in (sample.context, sample.question) if part)
         prefix = sample.answer_prefix if self.config.answer_prefix != "none" else ""
         if self._template is None or sample.task in self.config.no_template_tasks:
             text = body + prefix

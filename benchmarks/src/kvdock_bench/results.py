@@ -72,7 +72,7 @@ def planned_records(plan: Plan, identity: dict[str, Any], store: RecordStore) ->
     keys = (
         record_key(identity, cell, plan.config, index)
         for cell in plan.cells
-        for index in range(plan.config.num_samples)
+        for index in range(plan.count(cell.task.name))
     )
     return [store.by_key[key] for key in keys if key in store.by_key]
 
@@ -80,7 +80,7 @@ def planned_records(plan: Plan, identity: dict[str, Any], store: RecordStore) ->
 def plan_of(run: dict[str, Any], folder: Path) -> Plan:
     """Return the plan that run.json describes."""
     try:
-        return Plan(config_of(run), tuple(methods_of(run)))
+        return Plan(config_of(run), tuple(methods_of(run)), run.get("counts", {}))
     except (KeyError, TypeError) as error:
         raise BenchError(
             f"{folder / RUN_FILE} does not describe a run of this version ({error!r})."

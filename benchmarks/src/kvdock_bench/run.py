@@ -49,7 +49,7 @@ class Run:
 
     def missing(self, cell: Cell) -> list[int]:
         """Return the indices of a cell's samples that are still to do."""
-        count = self.plan.config.num_samples
+        count = self.plan.count(cell.task.name)
         return [i for i in range(count) if not self.store.is_finished(self.key(cell, i))]
 
     def save(
@@ -93,7 +93,7 @@ class Run:
             record = dataclasses.replace(
                 record,
                 prediction=answer.text,
-                score=score(cell.task.metric, answer.text, item.references),
+                score=score(cell.task.metric, answer.text, item.references, item.meta),
                 n_new_tokens=answer.n_new_tokens,
                 finish_reason=answer.finish_reason,
                 timings=answer.timings,

@@ -1,7 +1,8 @@
 """RULER's official scoring: substring matches after a little cleaning."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from kvdock_bench.errors import BenchError, did_you_mean
 
@@ -31,10 +32,25 @@ def string_match_part(prediction: str, references: Sequence[str]) -> float:
 METRICS = {"string_match_all": string_match_all, "string_match_part": string_match_part}
 
 
-def score(metric: str, prediction: str, references: Sequence[str]) -> float:
-    """Score one prediction from 0 to 1 with the named metric."""
-    if metric not in METRICS:
-        raise BenchError(f"Unknown metric {metric!r}.{did_you_mean(metric, METRICS)}")
+def check_metric(name: str) -> str:
+    """Return the name of a metric, or raise a BenchError that lists all of them."""
+    if name not in METRICS:
+        raise BenchError(f"Unknown metric {name!r}.{did_you_mean(name, METRICS)}")
+    return name
+
+
+def score(
+    metric: str,
+    prediction: str,
+    references: Sequence[str],
+    meta: Mapping[str, Any] | None = None,
+) -> float:
+    """Score one prediction from 0 to 1 with the named metric.
+
+    Args:
+        meta: what the task says about the sample; its `metric` replaces the task's.
+    """
+    metric = check_metric((meta or {}).get("metric", metric))
     if isinstance(references, str) or not references:
         raise BenchError(f"A sample needs a list of at least one reference, got {references!r}.")
     return METRICS[metric](prediction, references)

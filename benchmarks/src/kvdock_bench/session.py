@@ -20,7 +20,7 @@ from kvdock_bench.dry_run import budget_warnings, show_plan
 from kvdock_bench.errors import BenchError
 from kvdock_bench.folder import RUN_FILE, check_tag, default_tag, locked, open_run, read_run
 from kvdock_bench.methods import MethodConfig, parse_methods
-from kvdock_bench.plan import SCHEMA_VERSION, Plan, run_identity
+from kvdock_bench.plan import SCHEMA_VERSION, Plan, make_plan, run_identity
 from kvdock_bench.progress import progress
 from kvdock_bench.prompting import Prompter
 from kvdock_bench.records import RecordStore
@@ -40,7 +40,7 @@ def bench(arguments: Arguments, *, attach: Attach = kvdock.attach) -> int:
     device = models.parse_device(list(arguments.device))
     dtype = models.parse_dtype(arguments.torch_dtype, device)
     _check_dtypes(methods, dtype)
-    plan = Plan(config, tuple(methods))
+    plan = make_plan(config, methods, load_data(config.data))
     if arguments.dry_run:
         show_plan(console, plan, models.peek_shape(arguments.model_path), dtype)
         return DONE
@@ -159,6 +159,7 @@ class _Session:
             "ended": None,
             "sessions": [*sessions, {"started": started, "command": command}],
             "config": self.plan.config.model_dump(mode="json"),
+            "counts": dict(self.plan.counts),
             "methods": [
                 {
                     "label": method.label,

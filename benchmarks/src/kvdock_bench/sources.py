@@ -47,6 +47,8 @@ class TaskData:
         for task in tasks:
             if hops := getattr(task, "hops", None):
                 hashes[task.name] = self.qa(hops).sha256
+            if digest := getattr(task, "digest", None):
+                hashes[task.name] = digest(self)
         return {
             "generator": GENERATOR,
             "tasks": {task.name: task.data_source(self) for task in tasks},

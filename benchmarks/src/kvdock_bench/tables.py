@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from kvdock_bench.record import OOM, UNFIT
 from kvdock_bench.summary import FAILED, PARTIAL, Score, Summary
+from kvdock_bench.tasks import OWN_LENGTH
 
 OFFLINE = "offline"
 
@@ -44,7 +45,9 @@ def size(count: float | None) -> str:
 
 
 def length_name(length: int) -> str:
-    """Return 4K for 4096, 500 for 500."""
+    """Return 4K for 4096, 500 for 500, and "own" for prompts that are not fitted."""
+    if length == OWN_LENGTH:
+        return "own"
     return f"{length // 1024}K" if length >= 1024 and length % 1024 == 0 else str(length)
 
 
