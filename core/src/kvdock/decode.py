@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from kvdock.errors import UnsupportedError
-from kvdock.frozen import FrozenCache
+from kvdock.frozen import FrozenCache, has_kernel
 from kvdock.graph import CaptureError, StepGraph
 
 if TYPE_CHECKING:
@@ -32,9 +32,9 @@ ROOM = 256
 WORTHWHILE = 16
 """Fewest decode steps for which graph="auto" captures: the capture costs a few eager steps."""
 LONGEST = 16_384
-"""Most slots a layer may hold for graph="auto" to capture.
+"""Most slots a layer may hold for graph="auto" to capture where attention over slots is masked.
 
-Attention over fixed slots is masked, and torch's masked kernel reads a long cache several times
+That is where the Triton kernel cannot run. Torch's masked kernel reads a long cache several times
 slower than its plain one: on an H100, one row, 51 against 13 µs a layer at 4K slots and 372 against
 51 µs at 32K (`benchmarks/results/storage-h100`).
 """
@@ -165,11 +165,13 @@ class Decoder:
         if not self._mode.capture or self._mode.required:
             return False
         slots = max(max(store.storage.live) for store in session.stores)
-        if slots > LONGEST:
-            self._mode.fall_back(
-                f"a layer holds {slots} entries, over {LONGEST} of which eager attention is faster"
-            )
-        return slots > LONGEST
+        if slots <= LONGEST or all(has_kernel(store) for store in session.stores):
+            return False
+        self._mode.fall_back(
+            f"a layer holds {slots} entries, over {LONGEST} of which eager attention is faster than"
+            " the masked one that a graph needs without Triton"
+        )
+        return True
 
     def _captured(self, run: Callable[[dict[str, Any]], Any], call: dict[str, Any]) -> Any:
         """Run the first step of a shape as it is, capture the second, replay from then on."""

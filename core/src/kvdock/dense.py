@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kvdock.kernels.decode import attend_slots
+from kvdock.kernels.slots import attend_filled
 from kvdock.layout import BatchLayout
 from kvdock.policy import AttentionParams
 from kvdock.storage import KVStorage, RowGroup
@@ -170,11 +170,11 @@ class DenseStorage(KVStorage):
             tensor.scatter_(2, index, source)
 
     def attend_step(self, query: Tensor, params: AttentionParams) -> Tensor:
-        """Attend over the slots in place; a mask is built only when some slot is empty."""
+        """Attend over the slots in place; positions are looked at only when some slot is empty."""
         extent = self.extent
         full = all(live == extent for live in self.live)
-        valid = None if full else self.view(POSITION) >= 0
-        return attend_slots(query, self.view(KEY), self.view(VALUE), valid, params)
+        position = None if full else self.view(POSITION)
+        return attend_filled(query, self.view(KEY), self.view(VALUE), params, position=position)
 
     def put_state(self, states: dict[str, Tensor], row: int | None = None) -> None:
         """Write the policy's per-entry tensors of the used slots, of one row or of all."""

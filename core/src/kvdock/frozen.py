@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from kvdock.dense import KEY, POSITION, VALUE
-from kvdock.kernels.slots import append_slots, attend_frozen
+from kvdock.kernels.slots import append_slots, attend_filled, counters, tried
 from kvdock.layer import LayerStore
 from kvdock.policy import AttentionParams
 
@@ -40,6 +40,8 @@ class Cursors:
         self.tokens = stacked([stores[0].ledger.tokens])[0]
         self.over = torch.zeros_like(self.hole)
         self.bounded = stores[0].ledger.bounded
+        batch, heads = stores[0].dense.table[KEY].shape[:2]
+        self.arrived = counters(batch, heads, device)
 
     def begin(self) -> None:
         """Tell, before a step, which rows will hold more than their allowance."""
@@ -86,10 +88,12 @@ class FrozenLayer:
         used = cursors.used[rank]
         released, hole = (self._released, cursors.hole[rank]) if cursors.bounded else (None, None)
         append_slots(dense.table, key, value, cursors.tokens, used, released, hole)
-        # without holes a row's entries are its first used + 1 slots
-        prefix = None if cursors.bounded else used
         table = dense.table
-        output = attend_frozen(query, table[KEY], table[VALUE], table[POSITION], prefix, params)
+        output = attend_filled(
+            query, table[KEY], table[VALUE], params,
+            position=table[POSITION] if cursors.bounded else None,  # else no slot is given up
+            used=used, arrived=cursors.arrived,
+        )  # fmt: skip
         if policy is None or not (policy.acts_on_decode or policy.observes_decode):
             return output
         over, slots = cursors.over[rank], cursors.slots[rank]
@@ -129,6 +133,8 @@ class FrozenCache:
             store.ledger.reserve(room)
             store.dense.reserve(store.ledger.capacity)
         self._cursors = Cursors(stores)
+        for store in stores:
+            has_kernel(store)  # tried now, because trying it waits for the device
         self._layers = [
             FrozenLayer(store, rank, self._cursors) for rank, store in enumerate(stores)
         ]
@@ -167,3 +173,12 @@ class FrozenCache:
         """Give the layers back to decode that the host leads."""
         for layer in self._layers:
             layer.thaw()
+
+
+def has_kernel(store: LayerStore) -> bool:
+    """Say whether a step attends without a mask in this layer."""
+    key, value = store.dense.table[KEY], store.dense.table[VALUE]
+    if not key.is_cuda:
+        return False
+    group = store.plan.config.num_attention_heads // key.shape[1]
+    return tried(key.device, key.dtype, group, key.shape[-1], value.shape[-1]) is not None

@@ -267,5 +267,8 @@ def test_a_cache_too_long_for_masked_attention_stays_eager(
         monkeypatch.setattr(decode, "LONGEST", 50)
         assert auto._too_long(session)
         assert "98 entries, over 50" in caplog.text
+        with monkeypatch.context() as patch:
+            patch.setattr(decode, "has_kernel", lambda store: True)
+            assert not auto._too_long(session), "the kernel reads what is filled only"
         asked = decode.Decoder(decode.DecodeMode(capture=True, required=True), 40)
         assert not asked._too_long(session)

@@ -2,11 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from kvdock.policy import AttentionParams
+
+
+@contextmanager
+def without_plans(states: Tensor | None) -> Iterator[None]:
+    """Keep torch from cuDNN's attention, which plans anew for every length, tens of ms each.
+
+    Nothing changes for states on another device than a GPU, and for None.
+    """
+    if states is None or not (states.is_cuda and torch.backends.cuda.cudnn_sdp_enabled()):
+        yield
+        return
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(True)
 
 
 def attend_slots(
@@ -25,19 +44,20 @@ def attend_slots(
         return _explicit(query, key, value, valid, params)
     batch, heads, _, head_dim = query.shape
     kv_heads = key.shape[1]
-    if valid is None:
+    with without_plans(query):
+        if valid is None:
+            output = F.scaled_dot_product_attention(
+                query, key, value, scale=params.scaling, enable_gqa=heads != kv_heads
+            )
+            return output.transpose(1, 2).contiguous()
+        # The group becomes the query length, so a masked step needs no repeated keys.
         output = F.scaled_dot_product_attention(
-            query, key, value, scale=params.scaling, enable_gqa=heads != kv_heads
+            query.reshape(batch, kv_heads, heads // kv_heads, head_dim),
+            key,
+            value,
+            attn_mask=valid[:, :, None, :],
+            scale=params.scaling,
         )
-        return output.transpose(1, 2).contiguous()
-    # The group becomes the query length, so a masked step needs no repeated keys.
-    output = F.scaled_dot_product_attention(
-        query.reshape(batch, kv_heads, heads // kv_heads, head_dim),
-        key,
-        value,
-        attn_mask=valid[:, :, None, :],
-        scale=params.scaling,
-    )
     return output.reshape(batch, 1, heads, value.shape[-1])
 
 

@@ -5,11 +5,21 @@ Shapes: B rows, H query heads, K key/value heads, N physical slots, D head_dim.
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
+from functools import cache
+
 import torch
 from torch import Tensor
 
 from kvdock.kernels.decode import attend_slots
 from kvdock.policy import AttentionParams
+
+SMALL_CASE = (300, 250, 7)
+"""Slots, and filled slots of two rows, of the case that a kernel is tried on."""
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 4e-2}
+
+_log = logging.getLogger("kvdock")
 
 
 def append_slots(
@@ -43,21 +53,116 @@ def append_slots(
         tensor.scatter_(2, index, source)
 
 
-def attend_frozen(
+def attend_filled(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    position: Tensor,
-    used: Tensor | None,
     params: AttentionParams,
+    *,
+    position: Tensor | None = None,
+    used: Tensor | None = None,
+    arrived: Tensor | None = None,
 ) -> Tensor:
-    """Attend over the filled slots, after a token was appended to them.
+    """Attend over the filled slots, by the kernel where it is usable and by a mask elsewhere.
 
     Args:
-        query: [B, H, 1, D]. key, value: [B, K, N, D]. position: int32 [B, K, N], −1 = empty.
-        used: int64 [B] where a row fills its first ``used + 1`` slots; None where any may be empty.
+        query: [B, H, 1, D]. key, value: [B, K, N, D].
+        position: int32 [B, K, N], −1 = empty; None where no slot below the end is empty.
+        used: int64 [B]: nothing is filled beyond a row's first ``used + 1`` slots; None where the
+            end is N.
+        arrived: the kernel's counters from `counters`, owned by whoever may run at the same time
+            as other calls; None takes those of the current stream.
 
     Returns:
         [B, 1, H, D], contiguous.
     """
-    return attend_slots(query, key, value, position >= 0, params)
+    kernel = slot_kernel(query, key, value)
+    if kernel is not None:
+        if arrived is None:
+            arrived = _of_stream(query.device, key.shape[0] * key.shape[1])
+        return kernel(query, key, value, params, arrived, position=position, used=used)
+    valid = None if position is None else position >= 0
+    if valid is None and used is not None:
+        column = torch.arange(key.shape[2], device=key.device)
+        valid = (column <= used[:, None, None]).expand(key.shape[:3])
+    return attend_slots(query, key, value, valid, params)
+
+
+def counters(batch: int, heads: int, device: torch.device) -> Tensor:
+    """Return counters for calls that follow one another, int32 [B · K]."""
+    return torch.zeros(batch * heads, dtype=torch.int32, device=device)
+
+
+Kernel = Callable[..., Tensor]
+
+
+def slot_kernel(query: Tensor, key: Tensor, value: Tensor) -> Kernel | None:
+    """Return the kernel for states like these, None where plain torch has to do."""
+    if not query.is_cuda:
+        return None
+    group = query.shape[1] // key.shape[1]
+    return tried(query.device, query.dtype, group, key.shape[-1], value.shape[-1])
+
+
+@cache
+def tried(
+    device: torch.device, dtype: torch.dtype, group: int, dim: int, value_dim: int
+) -> Kernel | None:
+    """Return the kernel if it computes a small case rightly; None, with one log line, if not."""
+    try:
+        from kvdock.kernels.slots_triton import attend
+
+        error = _error(attend, device, dtype, group, dim, value_dim)
+        limit = TOLERANCE.get(dtype, 0.0)
+        if error < limit:
+            return attend
+        reason = f"a small case differs by {error:.1e}, expected below {limit:.0e}"
+    except Exception as failure:  # Triton not installed, or no compiler, or not for this chip
+        reason = f"{type(failure).__name__}: {failure}"
+    _log.warning("decode attends through masks, several times slower: %s", reason)
+    return None
+
+
+def _error(
+    attend: Kernel, device: torch.device, dtype: torch.dtype, group: int, dim: int, value_dim: int
+) -> float:
+    """Return the largest difference from plain torch, over rows of unequal length with holes."""
+    generator, heads = torch.Generator().manual_seed(0), 2
+    slots, *filled = SMALL_CASE
+
+    def states(count: int, length: int, width: int) -> Tensor:
+        made = torch.randn(len(filled), count, length, width, generator=generator)
+        return made.to(device, dtype)
+
+    query = states(group * heads, 1, dim)
+    key, value = states(heads, slots, dim), states(heads, slots, value_dim)
+    position = torch.arange(slots, dtype=torch.int32).repeat(len(filled), heads, 1)
+    for row, count in enumerate(filled):
+        position[row, :, count:] = -1
+        position[row, 1, 3] = -1
+    position = position.to(device)
+    used = torch.tensor(filled, device=device) - 1
+    params = AttentionParams(dim**-0.5)
+    arrived = counters(len(filled), heads, device)
+    exact = attend_slots(query.double(), key.double(), value.double(), position >= 0, params)
+    found = torch.stack(
+        [  # the third finds the counters as the second left them
+            attend(query, key, value, params, arrived, position=position, used=ends)
+            for ends in (used, None, used)
+        ]
+    )
+    error = (found.double() - exact).abs().max()
+    return float(error.nan_to_num(nan=float("inf")))
+
+
+_streams: dict[tuple[torch.device, int], Tensor] = {}
+
+
+def _of_stream(device: torch.device, pairs: int) -> Tensor:
+    """Return the counters of the current stream, whose calls follow one another."""
+    place = device, int(torch.cuda.current_stream(device).cuda_stream)
+    held = _streams.get(place)
+    if held is None or held.numel() < pairs:
+        held = torch.zeros(max(pairs, 1024), dtype=torch.int32, device=device)
+        _streams[place] = held
+    return held

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kvdock.kernels.decode import without_plans
 from kvdock.policy import AttentionParams
 
 QUERY_BLOCK = 512
@@ -58,9 +59,10 @@ def _attend(
     key = key[:, :, span].repeat_interleave(group, 1)
     value = value[:, :, span].repeat_interleave(group, 1)
     if params.plain:
-        return F.scaled_dot_product_attention(
-            query, key, value, attn_mask=visible, scale=params.scaling
-        )
+        with without_plans(query if query.shape[2] == 1 else None):
+            return F.scaled_dot_product_attention(
+                query, key, value, attn_mask=visible, scale=params.scaling
+            )
     scores = (query @ key.transpose(-1, -2)) * params.scaling
     if params.softcap is not None:
         scores = torch.tanh(scores / params.softcap) * params.softcap
