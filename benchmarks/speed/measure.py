@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
+import statistics
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,8 +15,11 @@ import torch
 import transformers
 
 import kvdock
+from kvdock.graph import side_stream
 
 GIB = 2**30
+COLD = 160 * 2**20
+"""Bytes between two uses of the same memory: three times the second-level cache of an H100."""
 
 
 def event() -> torch.cuda.Event:
@@ -34,6 +39,44 @@ def milliseconds(run: Callable[[], Any], *, repeats: int = 10, warm_up: int = 2)
     stop = event()
     stop.synchronize()
     return float(start.elapsed_time(stop)) / repeats
+
+
+def captured(run: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
+    """Return a graph of a call and its output."""
+    stream = side_stream(torch.device("cuda", torch.cuda.current_device()))
+    stream.wait_stream(torch.cuda.current_stream())
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.stream(stream):
+        run()
+        torch.cuda.synchronize()
+        graph.capture_begin()  # without the collections of torch.cuda.graph, which cost more
+        try:
+            output = run()
+        finally:
+            graph.capture_end()
+    torch.cuda.current_stream().wait_stream(stream)
+    return graph, output
+
+
+def cold_microseconds(runs: list[Callable[[], Any]], budget: float) -> float:
+    """Return the device time of a call, replayed over copies that are not in any cache.
+
+    Args:
+        runs: the same call on copies of its input, `COLD` bytes together or more.
+        budget: milliseconds to spend; three replays are made at least, twenty at most.
+    """
+    if len(runs) > 1:  # short calls: enough of them to hide the start of a replay
+        runs = runs * math.ceil(32 / len(runs))
+    graph, _ = captured(lambda: [run() for run in runs])
+    graph.replay()
+    times: list[float] = []
+    while len(times) < 3 or (sum(times) < budget and len(times) < 20):
+        start = event()
+        graph.replay()
+        stop = event()
+        stop.synchronize()
+        times.append(start.elapsed_time(stop))
+    return statistics.median(times) * 1e3 / len(runs)
 
 
 def environment(**more: Any) -> dict[str, Any]:

@@ -26,16 +26,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import triton
-from measure import environment, event
-from slot_cases import DIM, HEADS, KV_HEADS, PARAMS, captured, check, difference, draw
+from measure import COLD, cold_microseconds, environment
+from slot_cases import DIM, HEADS, KV_HEADS, PARAMS, check, difference, draw
 from torch import Tensor
 
 from kvdock.kernels import slots
 from kvdock.kernels.decode import attend_slots, without_plans
 from kvdock.kernels.slots_triton import Tuning, attend
 
-COLD = 160 * 2**20
-"""Bytes between two uses of the same memory: three times the second-level cache of an H100."""
 CUTS = [
     (32, 2, 3), (32, 4, 3), (32, 1, 3), (32, 2, 4), (64, 2, 2), (64, 2, 3), (64, 4, 2), (64, 4, 3),
     (64, 4, 4), (64, 8, 3), (128, 4, 2), (128, 4, 3), (128, 8, 2), (128, 8, 3),
@@ -102,11 +100,11 @@ def time_one(length: int, batch: int, bandwidth: float) -> list[dict[str, Any]]:
     arrived = slots.counters(batch, KV_HEADS, query.device)
     column = torch.arange(length, dtype=torch.int32, device="cuda")
     rows: list[dict[str, Any]] = []
-    seconds = {"kernel": 0.004, "torch": 0.01}
+    budget = {"kernel": 4.0, "torch": 10.0}
 
     def timed(what: str, filled: int, call: Callable[..., Any], kind: str, **more: Any) -> None:
         run = [lambda k=k, v=v: call(k, v) for k, v in caches]
-        us = guarded(lambda: _cold_us(run, seconds[kind]))
+        us = guarded(lambda: cold_microseconds(run, budget[kind]))
         if us is None:
             return
         floor = size * filled / length / bandwidth / 1e6
@@ -153,22 +151,6 @@ def time_one(length: int, batch: int, bandwidth: float) -> list[dict[str, Any]]:
                 print(f"{name}: {_host_us(call, caches[0]):.0f} us of host time a call", flush=True)
     _print_one(rows)
     return rows
-
-
-def _cold_us(runs: list[Callable[[], Any]], seconds: float) -> float:
-    """Return the device time of a call, replayed over copies that are not in any cache."""
-    if len(runs) > 1:  # short calls: enough of them to hide the start of a replay
-        runs = runs * math.ceil(32 / len(runs))
-    graph, _ = captured(lambda: [run() for run in runs])
-    graph.replay()
-    times: list[float] = []
-    while len(times) < 3 or (sum(times) < seconds * 1e3 and len(times) < 20):
-        start = event()
-        graph.replay()
-        stop = event()
-        stop.synchronize()
-        times.append(start.elapsed_time(stop))
-    return statistics.median(times) * 1e3 / len(runs)
 
 
 def _host_us(call: Callable[..., Any], cache: tuple[Tensor, ...]) -> float:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from measure import captured
 from torch import Tensor
 
-from kvdock.graph import side_stream
 from kvdock.kernels import slots
 from kvdock.kernels.decode import attend_slots, without_plans
 from kvdock.kernels.slots_triton import Tuning, attend
@@ -110,20 +109,3 @@ def replays() -> dict[str, Any]:
         graph.replay()
         same &= bool(torch.equal(output, first))
     return {"captured equals eager": equal, "off torch": close, "2000 replays equal": same}
-
-
-def captured(run: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
-    """Return a graph of a call and its output."""
-    stream = side_stream(torch.device("cuda", torch.cuda.current_device()))
-    stream.wait_stream(torch.cuda.current_stream())
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.stream(stream):
-        run()
-        torch.cuda.synchronize()
-        graph.capture_begin()  # without the collections of torch.cuda.graph, which cost more
-        try:
-            output = run()
-        finally:
-            graph.capture_end()
-    torch.cuda.current_stream().wait_stream(stream)
-    return graph, output
