@@ -124,17 +124,46 @@ def bench(
 
 
 def report(
-    run: Annotated[str, typer.Argument(help="A run folder, or its --save_tag.")],
+    runs: Annotated[
+        Names, typer.Argument(metavar="RUN…", help="Run folders, or their --save_tag.")
+    ] = None,
     output_dir: Annotated[Path, typer.Option("--output_dir", help="Where run folders lie.")] = Path(
         "runs"
     ),
+    to: Annotated[
+        Path | None,
+        typer.Option(
+            "--to", help="Where to write; default: the run's folder, a new one for several runs."
+        ),
+    ] = None,
+    allow_mixed: Annotated[
+        bool,
+        typer.Option("--allow-mixed", help="Put answers to different protocols in one table."),
+    ] = False,
+    diff: Annotated[
+        tuple[str, str] | None,
+        typer.Option(
+            "--diff",
+            metavar="A B",
+            help="Tell what got worse from run A to run B; exit code 1 if anything did.",
+        ),
+    ] = None,
 ) -> None:
-    """Make the tables, plots and report.html of a run again from its records."""
-    from kvdock_bench.folder import find_run, read_run
-    from kvdock_bench.results import make_console, remake
+    """Make tables, plots and report.html of one or several runs again from their records.
 
-    folder = find_run(run, output_dir)
-    remake(folder, read_run(folder)).show(make_console())
+    Exit codes: 0, or 1 when --diff finds a significant regression; 2 when something is wrong.
+    """
+    from kvdock_bench import report_command
+
+    if diff is not None:
+        if runs:
+            raise BenchError(f"--diff takes two runs; {', '.join(runs)} is one too many.")
+        code = report_command.diff(*diff, output_dir, to=to, allow_mixed=allow_mixed)
+    elif runs:
+        code = report_command.report(runs, output_dir, to=to, allow_mixed=allow_mixed)
+    else:
+        raise BenchError("Name a run: kvdock report RUN, or kvdock report --diff A B.")
+    raise typer.Exit(code)
 
 
 @hookimpl

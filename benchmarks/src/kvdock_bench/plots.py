@@ -1,35 +1,19 @@
-"""Draw the summary as SVG, readable when a phone shrinks it."""
+"""Draw a summary: accuracy and times by length, and accuracy by the memory that is held."""
 
 from __future__ import annotations
 
-import io
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import matplotlib
-from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, NullLocator
-
+from kvdock_bench.columns import Column
+from kvdock_bench.drawing import SOFT, Look, length_axis, looks, make_axes, to_svg
 from kvdock_bench.statistics import pareto_front
 from kvdock_bench.summary import Cost, Summary
 from kvdock_bench.tables import length_name
+from kvdock_bench.tasks import OWN_LENGTH
 
-# the full cache is ink; the others are distinct also for colour-blind readers
-INK = "#1f2430"
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c5a2b", "#7a5195")
-MARKERS = "osD^vPX*"
-_STYLE = {
-    "svg.fonttype": "none",
-    # equal content gives equal files
-    "svg.hashsalt": "kvdock",
-    "font.family": "sans-serif",
-    "font.size": 11,
-    "axes.edgecolor": "#8a93a6",
-    "axes.labelcolor": INK,
-    "xtick.color": "#4a5163",
-    "ytick.color": "#4a5163",
-}
+_LENGTH = "prompt length (tokens)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,125 +26,127 @@ class Plot:
     note: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class _Costs:
+    """A measure drawn by length."""
+
+    name: str
+    title: str
+    unit: str
+    value: Callable[[Cost], float | None]
+
+
+_COSTS = (
+    _Costs("ttft", "Time to first token", "seconds", lambda cost: cost.ttft_s),
+    _Costs("ms-per-token", "Time per token", "milliseconds", lambda cost: cost.ms_per_token),
+)
+
+
 def make_plots(summary: Summary) -> list[Plot]:
-    """Return the plots for which there are numbers."""
-    plots = [_accuracy(summary)]
-    plots += [_memory(summary, length) for length in summary.lengths]
-    plots.append(_cost(summary, "ttft", "Time to first token", "seconds", lambda cost: cost.ttft_s))
-    plots.append(
-        _cost(summary, "ms-per-token", "Time per token", "milliseconds", lambda c: c.ms_per_token)
-    )
+    """Return the plots for which there are numbers; several budgets get a plot each."""
+    styles = looks(summary.board.columns)
+    budgets = _by_budget(summary.board.columns)
+    plots = [_accuracy(summary, columns, styles, name) for name, columns in budgets.items()]
+    plots += [_memory(summary, length, styles) for length in summary.board.lengths]
+    plots += [
+        _cost(summary, columns, styles, name, measure)
+        for measure in _COSTS
+        for name, columns in budgets.items()
+    ]
     return [plot for plot in plots if plot is not None]
 
 
-def _accuracy(summary: Summary) -> Plot | None:
-    series = []
-    for method in summary.methods:
-        scores = [(n, summary.scores[method.method_id, n]) for n in summary.lengths]
-        series.append([(n, s.value, s.error) for n, s in scores if s.value is not None])
-    if not any(series):
+def _by_budget(columns: Sequence[Column]) -> dict[str, list[Column]]:
+    """Return the columns to draw together, by budget; those without one are in each."""
+    budgets = dict.fromkeys(column.budget for column in columns if column.budget)
+    if len(budgets) < 2:
+        return {"": list(columns)}
+    return {budget: [c for c in columns if c.budget in (None, budget)] for budget in budgets}
+
+
+def _accuracy(
+    summary: Summary, columns: Sequence[Column], styles: dict[str, Look], budget: str
+) -> Plot | None:
+    lengths = _fitted(summary)
+    series = {}
+    for column in columns:
+        scores = [(n, summary.scores[column.key, n, summary.headline]) for n in lengths]
+        points = [(n, s.value, s.error or 0) for n, s in scores if s.comparable is not None]
+        if points:
+            series[column.key] = points
+    if not series:
         return None
-    figure, axes = _axes("prompt length (tokens)", "accuracy (%)")
-    for place, points in enumerate(series):
-        x, y, error = zip(*points, strict=True) if points else ((), (), ())
-        axes.errorbar(
-            x, y, yerr=[e or 0 for e in error], capsize=3, elinewidth=1, **_look(summary, place)
-        )
-    _length_axis(axes, summary.lengths)
+    title = _title("Accuracy by prompt length", budget)
+    figure, axes, width = make_axes([styles[k]["label"] for k in series], _LENGTH, "accuracy (%)")
+    for key, points in series.items():
+        x, y, error = zip(*points, strict=True)
+        axes.errorbar(x, y, yerr=error, capsize=3, elinewidth=1, **styles[key])
+    length_axis(axes, _lengths(series))
     axes.set_ylim(-3, 103)
-    _legend(figure)
-    return Plot("accuracy", "Accuracy by prompt length", _svg(figure))
+    return Plot(_name("accuracy", budget), title, to_svg(figure, title, width))
 
 
-def _memory(summary: Summary, length: int) -> Plot | None:
+def _memory(summary: Summary, length: int, styles: dict[str, Look]) -> Plot | None:
     points = []
-    for place, method in enumerate(summary.methods):
-        score = summary.scores[method.method_id, length].value
-        held = summary.costs[method.method_id, length].kv_bytes
+    for column in summary.board.columns:
+        score = summary.scores[column.key, length, summary.headline].comparable
+        held = summary.costs[column.key, length].kv_bytes
         if score is not None and held is not None:
-            points.append((held / 2**20, score, place))
+            points.append((held / 2**20, score, column.key))
     if not points:
         return None
-    figure, axes = _axes("KV cache held per prompt (MiB)", "accuracy (%)")
+    title = f"Accuracy by KV memory at {length_name(length)}"
+    labels = [styles[key]["label"] for _, _, key in points]
+    figure, axes, width = make_axes(labels, "KV cache held per prompt (MiB)", "accuracy (%)")
     front = [points[i] for i in pareto_front([(x, y) for x, y, _ in points])]
-    axes.plot([p[0] for p in front], [p[1] for p in front], color="#8a93a6", linewidth=1, zorder=1)
-    for x, y, place in points:
-        look = _look(summary, place)
-        faded = 1.0 if (x, y, place) in front else 0.35
-        axes.plot([x], [y], **{**look, "linestyle": "none", "markersize": 9}, alpha=faded)
+    axes.plot([p[0] for p in front], [p[1] for p in front], color=SOFT, linewidth=1, zorder=1)
+    for point in points:
+        look = {**styles[point[2]], "linestyle": "none", "markersize": 9}
+        axes.plot(*([value] for value in point[:2]), alpha=1 if point in front else 0.3, **look)
     axes.set_xlim(left=0, right=1.12 * max(x for x, _, _ in points))
     axes.set_ylim(-3, 103)
-    _legend(figure)
-    return Plot(
-        f"pareto-{length}",
-        f"Accuracy by KV memory at {length_name(length)}",
-        _svg(figure),
-        "The line joins the Pareto front; points that another beats are faded.",
-    )
+    note = "The line joins the Pareto front; points that another beats are faded."
+    return Plot(f"pareto-{length}", title, to_svg(figure, title, width), note)
 
 
 def _cost(
-    summary: Summary, name: str, title: str, unit: str, value: Callable[[Cost], float | None]
+    summary: Summary,
+    columns: Sequence[Column],
+    styles: dict[str, Look],
+    budget: str,
+    measure: _Costs,
 ) -> Plot | None:
-    figure, axes = _axes("prompt length (tokens)", unit)
-    drawn = False
-    for place, method in enumerate(summary.methods):
-        costs = [(n, value(summary.costs[method.method_id, n])) for n in summary.lengths]
+    series = {}
+    for column in columns:
+        costs = [(n, measure.value(summary.costs[column.key, n])) for n in _fitted(summary)]
         points = [(n, y) for n, y in costs if y is not None]
         if points:
-            axes.plot(*zip(*points, strict=True), **_look(summary, place))
-            drawn = True
-    if not drawn:
+            series[column.key] = points
+    if not series:
         return None
-    _length_axis(axes, summary.lengths)
-    axes.set_ylim(bottom=0)
-    _legend(figure)
-    return Plot(name, f"{title} by prompt length", _svg(figure))
+    title = _title(f"{measure.title} by prompt length", budget)
+    labels = [styles[key]["label"] for key in series]
+    figure, axes, width = make_axes(labels, _LENGTH, measure.unit)
+    for key, points in series.items():
+        axes.plot(*zip(*points, strict=True), **styles[key])
+    length_axis(axes, _lengths(series))
+    axes.set_ylim(0, 1.08 * max(y for points in series.values() for _, y in points) or 1)
+    return Plot(_name(measure.name, budget), title, to_svg(figure, title, width))
 
 
-def _axes(x_label: str, y_label: str) -> tuple[Figure, Any]:
-    with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(4.9, 3.8), layout="constrained")
-        axes = figure.add_subplot()
-    axes.set_xlabel(x_label)
-    axes.set_ylabel(y_label)
-    axes.grid(color="#e4e7ee", linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    return figure, axes
+def _fitted(summary: Summary) -> list[int]:
+    """Return the lengths that have a place on an axis."""
+    return [length for length in summary.board.lengths if length != OWN_LENGTH]
 
 
-def _look(summary: Summary, place: int) -> dict[str, Any]:
-    full = place == 0
-    return {
-        "label": summary.methods[place].label,
-        "color": INK if full else COLOURS[(place - 1) % len(COLOURS)],
-        "marker": MARKERS[place % len(MARKERS)],
-        "linestyle": "--" if full else "-",
-        "linewidth": 1.6,
-        "markersize": 6,
-    }
+def _lengths(series: Mapping[str, Sequence[tuple[Any, ...]]]) -> list[int]:
+    return sorted({int(point[0]) for points in series.values() for point in points})
 
 
-def _length_axis(axes: Any, lengths: tuple[int, ...]) -> None:
-    axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_locator(FixedLocator(lengths))
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.set_xticks(lengths, [length_name(length) for length in lengths])
-    axes.set_xlim(lengths[0] / 1.2, lengths[-1] * 1.2)
+def _title(title: str, budget: str) -> str:
+    return f"{title}, budget {budget}" if budget else title
 
 
-def _legend(figure: Figure) -> None:
-    handles, labels = figure.axes[0].get_legend_handles_labels()
-    # what fits side by side above the axes
-    columns = max(1, min(3, 56 // (6 + max(map(len, labels)))))
-    figure.legend(handles, labels, loc="outside upper left", ncols=columns, frameon=False)
-
-
-def _svg(figure: Figure) -> str:
-    text = io.StringIO()
-    with matplotlib.rc_context(_STYLE):
-        figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
-    content = text.getvalue()
-    # inside a page neither the XML declaration nor the document type has a place
-    return content[content.index("<svg") :]
+def _name(name: str, budget: str) -> str:
+    plain = "".join(c if c.isalnum() or c in ".-" else "-" for c in budget)
+    return f"{name}-{plain}" if plain else name

@@ -1,7 +1,8 @@
-"""Make a run's results from its folder alone, at the end of a run or later."""
+"""Make the results of runs from their folders alone, at the end of a run or later."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,17 +12,17 @@ from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
+from kvdock_bench.columns import make_boards
 from kvdock_bench.config import make_config
-from kvdock_bench.errors import BenchError
 from kvdock_bench.folder import RUN_FILE
-from kvdock_bench.methods import MethodConfig
-from kvdock_bench.plan import Plan, record_key
+from kvdock_bench.mixing import check_protocols
+from kvdock_bench.page import Chapter, make_chapter
 from kvdock_bench.record import Record
-from kvdock_bench.records import RecordStore
 from kvdock_bench.report import write_report
+from kvdock_bench.runs import LoadedRun, describe_run, load_run
 from kvdock_bench.schema import BenchConfig
 from kvdock_bench.summary import Summary, summarise
-from kvdock_bench.tables import Table, main_table
+from kvdock_bench.tables import Table
 
 
 def make_console() -> Console:
@@ -32,74 +33,64 @@ def make_console() -> Console:
 
 @dataclass(frozen=True, slots=True)
 class Results:
-    """The main table and where the report lies."""
+    """What to show at the end: a main table and warnings per benchmark, and the report's path."""
 
-    table: Table
+    chapters: list[Chapter]
     path: Path
 
     def show(self, console: Console) -> None:
-        """Print the table and the report's path."""
-        grid = RichTable(box=box.SIMPLE_HEAD)
-        for place, name in enumerate(self.table.head):
-            grid.add_column(Text(name), justify="right" if place else "left")
-        for row in self.table.rows:
-            grid.add_row(*(Text(cell) for cell in row))
-        console.print(Text(self.table.title), style="bold")
-        console.print(grid)
-        console.print(Text(self.table.note), soft_wrap=True)
+        """Print the tables and the report's path."""
+        for chapter in self.chapters:
+            show_table(console, chapter.main)
+            for warning in chapter.warnings:
+                console.print(Text(warning), soft_wrap=True)
         console.print(Text(f"Report: {self.path}"), soft_wrap=True)
 
 
-def remake(folder: Path, run: dict[str, Any]) -> Results:
+def show_table(console: Console, table: Table) -> None:
+    """Print a table with its title and note."""
+    grid = RichTable(box=box.SIMPLE_HEAD)
+    for place, name in enumerate(table.head):
+        grid.add_column(Text(name), justify="right" if place else "left")
+    for row in table.rows:
+        grid.add_row(*(Text(cell) for cell in row))
+    console.print(Text(table.title), style="bold")
+    console.print(grid)
+    console.print(Text(table.note), soft_wrap=True)
+
+
+def remake(folder: Path, *, allow_mixed: bool = False) -> Results:
     """Make the results of a run folder again from its records."""
-    store = RecordStore(folder)
-    # a run may be appending at this moment, so a torn line is left alone
-    store.load(repair=False)
-    return make_results(folder, run, store)[0]
+    return make_report([load_run(folder)], folder, allow_mixed=allow_mixed)[0]
 
 
-def make_results(folder: Path, run: dict[str, Any], store: RecordStore) -> tuple[Results, Summary]:
-    """Write summary, tables, plots and report for the records that belong to the run's plan."""
-    plan = plan_of(run, folder)
-    records = planned_records(plan, run["identity"], store)
-    summary = summarise(plan, records)
-    path = write_report(folder, run, summary, records)
-    return Results(main_table(summary), path), summary
+def make_results(
+    folder: Path, info: dict[str, Any], records: Sequence[Record]
+) -> tuple[Results, int]:
+    """Write the report of a run that ends now, and count the cells that have errors."""
+    run = describe_run(folder, info, records)
+    # a resumed run has refused settings that differ, and an answer must never be lost for a table
+    results, summaries = make_report([run], folder, allow_mixed=True)
+    return results, sum(summary.failed for summary in summaries)
 
 
-def planned_records(plan: Plan, identity: dict[str, Any], store: RecordStore) -> list[Record]:
-    """Return the records of the plan's answers, in its order."""
-    keys = (
-        record_key(identity, cell, plan.config, index)
-        for cell in plan.cells
-        for index in range(plan.count(cell.task.name))
-    )
-    return [store.by_key[key] for key in keys if key in store.by_key]
+def make_report(
+    runs: Sequence[LoadedRun], target: Path, *, allow_mixed: bool = False
+) -> tuple[Results, list[Summary]]:
+    """Write one report of some runs: summary, tables, plots and page.
 
-
-def plan_of(run: dict[str, Any], folder: Path) -> Plan:
-    """Return the plan that run.json describes."""
-    try:
-        return Plan(config_of(run), tuple(methods_of(run)), run.get("counts", {}))
-    except (KeyError, TypeError) as error:
-        raise BenchError(
-            f"{folder / RUN_FILE} does not describe a run of this version ({error!r})."
-        ) from error
+    Raises:
+        BenchError: the runs were asked in different ways and `allow_mixed` is not set.
+    """
+    boards = make_boards(runs)
+    warnings = [check_protocols(board, allow_mixed=allow_mixed) for board in boards]
+    summaries = [summarise(board) for board in boards]
+    pairs = zip(summaries, warnings, strict=True)
+    chapters = [make_chapter(summary, warning) for summary, warning in pairs]
+    path = write_report(target, runs, chapters)
+    return Results(chapters, path), summaries
 
 
 def config_of(run: dict[str, Any]) -> BenchConfig:
     """Return the config that run.json holds."""
     return make_config(run["config"], RUN_FILE)
-
-
-def methods_of(run: dict[str, Any]) -> list[MethodConfig]:
-    """Return the method configurations that run.json holds."""
-    return [
-        MethodConfig(
-            label=entry["label"],
-            ids=tuple(entry["methods"]),
-            budget=entry["budget"],
-            options=entry["options"],
-        )
-        for entry in run["methods"]
-    ]

@@ -24,9 +24,10 @@ from kvdock_bench.plan import SCHEMA_VERSION, Plan, make_plan, run_identity
 from kvdock_bench.progress import progress
 from kvdock_bench.prompting import Prompter
 from kvdock_bench.records import RecordStore
-from kvdock_bench.results import config_of, make_console, make_results, methods_of
+from kvdock_bench.results import config_of, make_console, make_results
 from kvdock_bench.run import Attach, Run
 from kvdock_bench.runner import Runner
+from kvdock_bench.runs import methods_of
 from kvdock_bench.sources import load_data
 
 DONE, FAILED, INTERRUPTED = 0, 1, 130
@@ -103,13 +104,13 @@ class _Session:
             metadata_ |= {"status": status, "ended": metadata.now()}
             metadata_["sessions"][-1]["seconds"] = round(time.perf_counter() - started, 3)
             write_json(self.folder / RUN_FILE, metadata_)
-        report, summary = make_results(self.folder, metadata_, run.store)
+        report, failed = make_results(self.folder, metadata_, list(run.store.by_key.values()))
         report.show(self.console)
         if code == INTERRUPTED:
             self._say(f"Interrupted. Continue with:\n  {self._resume_command()}")
-        elif summary.failed:
+        elif failed:
             code = FAILED
-            self._say(f"{summary.failed} cells have errors: {run.error_log}")
+            self._say(f"{failed} cells have errors: {run.error_log}")
         return code
 
     def _prepare(self) -> tuple[Run, dict[str, Any]]:
@@ -145,7 +146,7 @@ class _Session:
         sessions = []
         if earlier is not None:
             present = {method.method_id for method in methods}
-            methods += [old for old in methods_of(earlier) if old.method_id not in present]
+            methods += [old for name, old in methods_of(earlier).items() if name not in present]
             sessions = earlier["sessions"]
             identity = {**identity, "data": {**earlier["identity"]["data"], **identity["data"]}}
         command = shlex.join(self.arguments.command)
