@@ -10,6 +10,7 @@ root:
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import statistics
@@ -30,11 +31,11 @@ from kvdock_h2o.scores import reference_column_sums
 
 HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
 SUM_TILES = (
-    Tile(128, 64, 4, 3), Tile(128, 64, 4, 2), Tile(128, 64, 4, 4), Tile(128, 64, 4, 3, 168),
-    Tile(128, 64, 4, 2, 168), Tile(128, 64, 8, 3), Tile(128, 64, 8, 2, 128), Tile(64, 64, 4, 3),
-    Tile(64, 64, 4, 4, 128), Tile(64, 128, 4, 2), Tile(64, 128, 4, 3, 168),
-    Tile(64, 128, 8, 3, 128), Tile(128, 128, 8, 2), Tile(128, 128, 8, 3), Tile(256, 64, 8, 2),
-    Tile(32, 128, 4, 3),
+    Tile(128, 64, 4, 3), Tile(128, 64, 4, 3, copies=True), Tile(128, 64, 4, 2, copies=True),
+    Tile(128, 64, 4, 4, copies=True), Tile(128, 64, 4, 2, 168, copies=True),
+    Tile(128, 64, 4, 3, 168, copies=True), Tile(128, 128, 8, 2, copies=True),
+    Tile(128, 128, 8, 3, copies=True), Tile(64, 128, 4, 3, copies=True),
+    Tile(256, 64, 8, 3, copies=True),
 )  # fmt: skip
 LSE_TILES = (
     Tile(64, 128, 4, 3), Tile(64, 128, 8, 3), Tile(128, 128, 8, 2, 128), Tile(128, 128, 8, 2),
@@ -85,9 +86,13 @@ def check() -> list[dict[str, Any]]:
         exact = reference_column_sums(q, k, AttentionParams(scaling))
         level = log2_sum_exp2(q, k, scaling)
         mass = q.shape[1] // k.shape[1] * q.shape[2]
-        for name, lse in (("own lse", None), ("lse given", level / LOG2E)):
-            found = column_sums(q, k, scaling, lse)
-            again = column_sums(q, k, scaling, lse)
+        tiles = {"": None, " copies": Tile(64, 32, 4, 2, copies=True)}
+        for (name, lse), (kind, tile) in itertools.product(
+            (("own lse", None), ("lse given", level / LOG2E)), tiles.items()
+        ):
+            name += kind
+            found = column_sums(q, k, scaling, lse, tile=tile)
+            again = column_sums(q, k, scaling, lse, tile=tile)
             relative = ((found - exact).abs() / exact).max().item()
             lost = ((found.sum(-1) - mass).abs() / mass).max().item()
             print(f"{f'{case[:6]} {case[6]} {name}'.replace('torch.', ''):>44}", end="")
@@ -115,6 +120,7 @@ def time_all(length: int, repeats: int, sums_only: bool) -> list[dict[str, Any]]
         if tile:
             shape = f"{tile.keys}x{tile.queries} w{tile.warps} s{tile.stages}"
             shape += f" r{tile.registers}" if tile.registers else ""
+            shape += " copies" if tile.copies else ""
         rows.append({"length": length, "what": name, "tile": shape, "ms": ms, "MiB": extra})
         rows[-1]["TFLOP/s"] = flop / ms / 1e9
         print(

@@ -69,6 +69,8 @@ def runs():
     # what a model passes: heads and tokens transposed, so that rows are not next to each other
     q, k = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k))
     yield "transposed, default tile", error(q, k, None)
+    copies = Tile(keys=16, queries=16, warps=4, stages=2, copies=True)
+    yield "transposed, copy unit", error(q.half(), k.half(), copies, given=True)
     q, k = draw(8, 1, 1, 2, 20, 20, 16, torch.float32)
     yield "D=16", error(q, k, SMALL)
 

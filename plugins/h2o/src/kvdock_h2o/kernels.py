@@ -18,6 +18,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 LARGEST_HEAD = {torch.bfloat16: 256, torch.float16: 256, torch.float32: 128}
 LOG2E = math.log2(math.e)
@@ -28,7 +29,8 @@ class Tile:
     """Say how one program is cut: keys and queries per tile, warps, depth of the pipeline.
 
     ``registers`` caps those of a thread, so that two programs share a multiprocessor and one
-    multiplies while the other takes exponentials.
+    multiplies while the other takes exponentials. ``copies``: queries come by the copy unit of new
+    GPUs, where their layout allows it, which spares registers and instructions.
     """
 
     keys: int
@@ -36,6 +38,7 @@ class Tile:
     warps: int
     stages: int
     registers: int | None = None
+    copies: bool = False
 
 
 SUM_TILE = Tile(keys=128, queries=64, warps=4, stages=3)
@@ -80,12 +83,13 @@ def column_sums(
         level = lse.float().contiguous() * LOG2E
     tile = tile or _default_tile(queries, SUM_TILE)
     grid = (triton.cdiv(n, tile.keys), b * kv_heads)
+    copied = _described(queries, tile) if tile.copies else None
     _sum_columns[grid](
-        queries, keys, level, sums,
+        queries, queries if copied is None else copied, keys, level, sums,
         *queries.stride()[:3], *keys.stride()[:3],
         kv_heads, q, n, scaling * LOG2E,
         GROUP=h // kv_heads, HEAD_DIM=d, PADDED=max(16, triton.next_power_of_2(d)),
-        KEYS=tile.keys, QUERIES=tile.queries, UPCAST=_upcast(queries),
+        KEYS=tile.keys, QUERIES=tile.queries, UPCAST=_upcast(queries), COPIES=copied is not None,
         num_warps=tile.warps, num_stages=tile.stages, maxnreg=tile.registers,
     )  # fmt: skip
     return sums
@@ -130,7 +134,7 @@ def _tile(
 def _sum_rows(
     total, key, n, m, d, query_base, level_base, q_row, past, q_length, scale, begin, end,
     HEAD_DIM: tl.constexpr, PADDED: tl.constexpr, QUERIES: tl.constexpr,
-    WHOLE: tl.constexpr, UPCAST: tl.constexpr,
+    WHOLE: tl.constexpr, UPCAST: tl.constexpr, COPIES: tl.constexpr, copied, copied_row, column,
 ):  # fmt: skip
     """Add the probabilities that queries ``begin … end`` of one head give to a block of keys.
 
@@ -142,7 +146,10 @@ def _sum_rows(
         row = first + m
         inside = row < q_length
         base = query_base + tl.cast(first, tl.int64) * q_row
-        query = _tile(base, offset, inside, d, HEAD_DIM, PADDED, WHOLE)
+        if COPIES and WHOLE:
+            query = copied.load([copied_row + first, column])
+        else:
+            query = _tile(base, offset, inside, d, HEAD_DIM, PADDED, WHOLE)
         if UPCAST:
             query = query.to(tl.float32)
         logits = tl.dot(query, tl.trans(key), input_precision="tf32x3")
@@ -158,11 +165,11 @@ def _sum_rows(
 
 @triton.jit
 def _sum_columns(
-    q, k, level, sums,
+    q, copied, k, level, sums,
     q_batch, q_head, q_row, k_batch, k_head, k_row,
     kv_heads, q_length, k_length, scale,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, PADDED: tl.constexpr,
-    KEYS: tl.constexpr, QUERIES: tl.constexpr, UPCAST: tl.constexpr,
+    KEYS: tl.constexpr, QUERIES: tl.constexpr, UPCAST: tl.constexpr, COPIES: tl.constexpr,
 ):  # fmt: skip
     """Sum the probabilities of one block of keys; blocks seen by most queries start first."""
     start = tl.program_id(0) * KEYS
@@ -180,22 +187,26 @@ def _sum_columns(
     partly = tl.minimum(tl.maximum(start + KEYS - 1 - past, 0), q_length) - begin
     middle = begin + tl.cdiv(partly, QUERIES) * QUERIES
     rest = middle + tl.maximum(q_length - middle, 0) // QUERIES * QUERIES
+    copied_row = (batch * q_length).to(tl.int32)
     total = tl.zeros([QUERIES, KEYS], tl.float32)
     for g in range(GROUP):
-        query_head = head * GROUP + g
-        query_base = q + batch * q_batch + query_head * q_head
+        query_head = (head * GROUP + g).to(tl.int32)
+        query_base = q + batch * q_batch + (head * GROUP + g) * q_head
         level_base = level + (pair * GROUP + g) * q_length
         total = _sum_rows(
             total, key, n, m, d, query_base, level_base, q_row, past, q_length, scale,
-            begin, middle, HEAD_DIM, PADDED, QUERIES, False, UPCAST,
+            begin, middle, HEAD_DIM, PADDED, QUERIES, False, UPCAST, COPIES,
+            copied, copied_row, query_head * HEAD_DIM,
         )  # fmt: skip
         total = _sum_rows(
             total, key, n, m, d, query_base, level_base, q_row, past, q_length, scale,
-            middle, rest, HEAD_DIM, PADDED, QUERIES, True, UPCAST,
+            middle, rest, HEAD_DIM, PADDED, QUERIES, True, UPCAST, COPIES,
+            copied, copied_row, query_head * HEAD_DIM,
         )  # fmt: skip
         total = _sum_rows(
             total, key, n, m, d, query_base, level_base, q_row, past, q_length, scale,
-            rest, q_length, HEAD_DIM, PADDED, QUERIES, False, UPCAST,
+            rest, q_length, HEAD_DIM, PADDED, QUERIES, False, UPCAST, COPIES,
+            copied, copied_row, query_head * HEAD_DIM,
         )  # fmt: skip
     tl.store(sums + pair * k_length + n, tl.sum(total, 0), mask=n < k_length)
 
@@ -265,6 +276,18 @@ def _default_tile(queries: Tensor, usual: Tile) -> Tile:
     if queries.dtype == torch.float32 or queries.shape[-1] > 128:
         return Tile(keys=64, queries=32, warps=4, stages=2)
     return usual
+
+
+def _described(queries: Tensor, tile: Tile) -> TensorDescriptor | None:
+    """Describe queries that lie as a model leaves them, [b·Q, H·D], to the copy unit."""
+    b, h, q, d = queries.shape
+    rows = queries.transpose(1, 2)
+    if not rows.is_contiguous() or d not in (64, 128) or queries.element_size() != 2:
+        return None
+    if queries.is_cuda and torch.cuda.get_device_capability(queries.device) < (9, 0):
+        return None
+    flat = rows.view(b * q, h * d)
+    return TensorDescriptor.from_tensor(flat, [tile.queries, d])
 
 
 def _rows_contiguous(states: Tensor) -> Tensor:
