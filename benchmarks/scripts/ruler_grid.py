@@ -10,7 +10,9 @@ the gaps. Times of single answers mean nothing here and are not written.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import gzip
+import itertools
 import json
 import multiprocessing
 import os
@@ -46,8 +48,16 @@ GRACE_S = 20.0
 class Pool:
     """Hand jobs to worker processes, one at a time each; a process that dies is replaced."""
 
-    def __init__(self, setup: Setup, jobs: Sequence[Job], workers: int, deadline: float) -> None:
+    def __init__(
+        self,
+        setup: Setup,
+        jobs: Sequence[Job],
+        workers: int,
+        deadline: float,
+        devices: Sequence[str],
+    ) -> None:
         self._setup, self._deadline = setup, deadline
+        self._devices = itertools.cycle(devices)
         self._waiting: list[Job | Chunk] = [*chunks_of(setup.config), *jobs]
         self._spawn = multiprocessing.get_context("spawn")
         self._busy: dict[Connection, tuple[BaseProcess, Job | Chunk | None]] = {}
@@ -70,7 +80,8 @@ class Pool:
 
     def _start(self) -> None:
         ours, theirs = self._spawn.Pipe()
-        process = self._spawn.Process(target=work, args=(self._setup, theirs), daemon=True)
+        setup = dataclasses.replace(self._setup, device=next(self._devices))
+        process = self._spawn.Process(target=work, args=(setup, theirs), daemon=True)
         process.start()
         # only the child holds its end then, so that its death ends the pipe
         theirs.close()
@@ -132,12 +143,12 @@ def main(arguments: Sequence[str]) -> int:
     os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
-        setup = Setup(args.model_path, args.dtype, args.device, config, Path(scratch))
-        pool = Pool(setup, jobs, args.workers, started + args.deadline)
+        setup = Setup(args.model_path, args.dtype, args.device[0], config, Path(scratch))
+        pool = Pool(setup, jobs, args.workers, started + args.deadline, args.device)
         pool.run()
         found = [(job, record) for job in jobs for record in _records(setup.folder, job)]
     run = {
-        **environment(arguments, args.device),
+        **environment(arguments, args.device[0]),
         "config": config.model_dump(mode="json"),
         "seconds": round(time.monotonic() - started, 1),
         "unfinished": [job.name for job in jobs if job.number not in pool.done],
@@ -173,9 +184,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--methods", nargs="+", required=True, help="full, a, a+b, a:option=value")
     parser.add_argument("--samples", type=int, default=50, help="per task and length")
     parser.add_argument("--batch-size", type=int, default=50)
-    parser.add_argument("--workers", type=int, default=12)
+    parser.add_argument("--workers", type=int, default=12, help="on all devices together")
     parser.add_argument("--dtype", choices=models.DTYPES, default="bfloat16")
-    parser.add_argument("--device", default="cuda:0", help="cuda:N or cpu")
+    parser.add_argument("--device", nargs="+", default=["cuda:0"], help="cuda:N ... or cpu")
     parser.add_argument("--seed", type=int, help="of the prompts; default: the config's")
     parser.add_argument("--deadline", type=float, default=float("inf"), help="seconds")
     parser.add_argument("--out", type=Path, required=True)
