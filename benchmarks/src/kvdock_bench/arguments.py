@@ -25,5 +25,9 @@ class Arguments:
     resume: bool = False
     overwrite: bool = False
     dry_run: bool = False
+    server: tuple[str, ...] = ("transformers",)
+    vllm_python: str | None = None
+    max_model_len: int | None = None
+    gpu_memory_utilization: float | None = None
     output_dir: Path = Path("runs")
     command: tuple[str, ...] = ()

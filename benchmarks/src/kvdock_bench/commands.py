@@ -13,7 +13,7 @@ from kvdock.hookspecs import hookimpl
 from kvdock_bench.arguments import Arguments
 from kvdock_bench.errors import BenchError
 
-_SEVERAL = ("--acceleration", "--budget", "--device", "--set")
+_SEVERAL = ("--acceleration", "--budget", "--device", "--server", "--set")
 _RESERVED = {
     "--gp_num": "spreading a run over several GPUs",
     "--adapter_path": "running with a PEFT adapter",
@@ -93,12 +93,26 @@ def bench(
     dry_run: Annotated[
         bool, typer.Option("--dry_run", help="Print the plan and the memory it needs; run nothing.")
     ] = False,
-    server: Annotated[str, typer.Option("--server", help="transformers.")] = "transformers",
+    server: Annotated[
+        Names, typer.Option("--server", help="transformers, vllm, or both: one column each.")
+    ] = None,
+    vllm_python: Annotated[
+        str | None,
+        typer.Option("--vllm_python", help="The interpreter of vLLM's environment."),
+    ] = None,
+    max_model_len: Annotated[
+        int | None,
+        typer.Option("--max_model_len", min=1, help="vLLM's limit; default: the model's."),
+    ] = None,
+    gpu_memory_utilization: Annotated[
+        float | None,
+        typer.Option("--gpu_memory_utilization", min=0.01, max=1, help="vLLM's share of memory."),
+    ] = None,
     gp_num: Annotated[str | None, typer.Option("--gp_num", hidden=True)] = None,
     adapter_path: Annotated[str | None, typer.Option("--adapter_path", hidden=True)] = None,
 ) -> None:
     """Measure accuracy, time and memory of methods against the full cache."""
-    _refuse_reserved(server, {"--gp_num": gp_num, "--adapter_path": adapter_path})
+    _refuse_reserved({"--gp_num": gp_num, "--adapter_path": adapter_path})
     from kvdock_bench.session import bench as run_bench
 
     arguments = Arguments(
@@ -117,6 +131,10 @@ def bench(
         resume=resume,
         overwrite=overwrite,
         dry_run=dry_run,
+        server=tuple(server or ("transformers",)),
+        vllm_python=vllm_python,
+        max_model_len=max_model_len,
+        gpu_memory_utilization=gpu_memory_utilization,
         output_dir=output_dir,
         command=("kvdock", *sys.argv[1:]),
     )
@@ -173,10 +191,7 @@ def kvdock_commands(app: Any) -> None:
     app.command("report")(report)
 
 
-def _refuse_reserved(server: str, given: dict[str, str | None]) -> None:
-    if server != "transformers":
-        known = "is not available in this version" if server == "vllm" else "is unknown"
-        raise BenchError(f"--server {server} {known}; use --server transformers.")
+def _refuse_reserved(given: dict[str, str | None]) -> None:
     for flag, value in given.items():
         if value is not None:
             raise BenchError(f"{flag}: {_RESERVED[flag]} is not available in this version.")

@@ -17,6 +17,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 
+from kvdock_bench.answer import read_answer
 from kvdock_bench.protocol import stop_ids
 from kvdock_bench.record import MemoryUse, Timings
 from kvdock_bench.shape import KVShape
@@ -146,17 +147,12 @@ class Generator:
         peak: int | None,
         held: float,
     ) -> Answer:
-        ends = self._end_tokens()
-        stop = next((i for i, token in enumerate(row) if token in ends), None)
-        count = len(row) if stop is None else stop + 1
-        text = self.tokenizer.decode(row[:count], skip_special_tokens=True)
-        cuts = [text.index(word) for word in settings.stop if word in text]
-        finished = stop is not None or bool(cuts)
+        text, count, reason = read_answer(self.tokenizer, row, self._end_tokens(), settings.stop)
         full = self._shape.full_bytes(n_prompt, self._item_bytes)
         return Answer(
-            text=text[: min(cuts)] if cuts else text,
+            text=text,
             n_new_tokens=count,
-            finish_reason="stop" if finished else "length",
+            finish_reason=reason,
             timings=timings,
             memory=MemoryUse(peak, round(held), full, held / full if full else 1.0),
         )

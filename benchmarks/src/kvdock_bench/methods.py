@@ -28,25 +28,30 @@ class MethodConfig:
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     supports_padding: bool = True
     dtypes: tuple[str, ...] = ()
+    server: str = "transformers"
 
     @property
     def is_full(self) -> bool:
-        """Tell whether this is the plain model with its full cache."""
-        return not self.ids
+        """Tell whether this is the plain model with its full cache, which others compare with."""
+        return not self.ids and self.server == "transformers"
 
     @property
     def identity(self) -> dict[str, Any]:
         """Return what decides the results, for keys and run.json."""
-        return {
+        identity = {
             "methods": list(self.ids),
             "budget": self.budget,
             "options": {name: dict(values) for name, values in self.options.items()},
         }
+        # left out where it always was, so that earlier answers keep their keys
+        return identity if self.server == "transformers" else {**identity, "server": self.server}
 
     @property
     def method_id(self) -> str:
         """Return a folder name: ids and the hash of the whole configuration."""
-        return "full" if self.is_full else f"{'+'.join(self.ids)}-{short_hash(self.identity, 8)}"
+        if not self.ids:
+            return "full" if self.is_full else self.server
+        return f"{'+'.join(self.ids)}-{short_hash(self.identity, 8)}"
 
     def attach_arguments(self) -> dict[str, Any]:
         """Return the arguments of `kvdock.attach` after the model."""
@@ -60,6 +65,7 @@ class MethodConfig:
 
 
 FULL_CACHE = MethodConfig("Full cache")
+VLLM = MethodConfig("vLLM", server="vllm")
 
 
 def parse_methods(

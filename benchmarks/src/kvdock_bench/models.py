@@ -131,6 +131,38 @@ def load(model_path: str, *, dtype: str, device: str) -> Loaded:
     return Loaded(short_name(model_path), model, tokenizer, mark, kv_shape(model.config), dtype)
 
 
+@dataclass(frozen=True, slots=True)
+class Weightless:
+    """What is known of a model whose weights another process holds."""
+
+    config: Any
+    generation_config: Any
+    device: Any
+
+
+def describe(model_path: str, *, dtype: str, device: str) -> Loaded:
+    """Return the tokenizer and all that is known of a model, without its weights."""
+    import torch
+    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+
+    place = locate(model_path)
+    try:
+        with quiet_transformers():
+            tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
+            config = AutoConfig.from_pretrained(place, trust_remote_code=False)
+            try:
+                generation = GenerationConfig.from_pretrained(place)
+            except OSError:
+                # as a model does that comes without the file
+                generation = GenerationConfig.from_model_config(config)
+    except (OSError, ValueError) as error:
+        raise _unusable(model_path, error) from error
+    set_pad_token(tokenizer)
+    model = Weightless(config, generation, torch.device(device))
+    mark = fingerprint(place, config, dtype)
+    return Loaded(short_name(model_path), model, tokenizer, mark, kv_shape(config), dtype)
+
+
 def _check_folder(folder: Path) -> None:
     if not (folder / "config.json").is_file():
         raise BenchError(f"Model folder {folder} has no config.json.")

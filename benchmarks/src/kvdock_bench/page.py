@@ -87,6 +87,7 @@ def diff_page(title: str, lead: str, warnings: list[str], tables: Sequence[Table
 def facts_of(info: dict[str, Any]) -> list[tuple[str, str]]:
     """Return what a reader must know to judge a run's numbers."""
     versions, hardware, model = info["versions"], info["hardware"], info["model"]
+    vllm = (info.get("vllm") or {}).get("versions", {})
     git = info.get("git") or {}
     dirty = " with local changes" if git.get("dirty") else ""
     attention = model.get("attention") or "not recorded"
@@ -95,6 +96,7 @@ def facts_of(info: dict[str, Any]) -> list[tuple[str, str]]:
         ("Fingerprint", model["fingerprint"]),
         ("Device", f"{hardware['device']}, {hardware.get('cores')} cores"),
         ("Software", ", ".join(f"{name} {text}" for name, text in versions.items() if text)),
+        ("vLLM", ", ".join(f"{name} {text}" for name, text in vllm.items())),
         ("Commit", f"{git['sha']}{dirty}" if git else ""),
         ("Command", info["command"]),
         ("Seed", str(info["config"]["seed"])),

@@ -13,7 +13,7 @@ from kvdock_bench.page import Chapter, report_page
 from kvdock_bench.runs import LoadedRun
 
 REPORT = "report.html"
-_ORIGIN = ("status", "command", "started", "ended", "versions", "git", "hardware", "model")
+_ORIGIN = ("status", "command", "started", "ended", "versions", "git", "hardware", "model", "vllm")
 
 
 def write_report(folder: Path, runs: Sequence[LoadedRun], chapters: Sequence[Chapter]) -> Path:

@@ -31,6 +31,7 @@ class Run:
         identity: what every record's key has in common.
         attach: `kvdock.attach`, or a stand-in.
         device: the name written into records.
+        generator: what answers; None: the loaded model itself.
     """
 
     plan: Plan
@@ -42,6 +43,7 @@ class Run:
     attach: Attach
     device: str
     error_log: Path
+    generator: Any = None
 
     def key(self, cell: Cell, index: int) -> str:
         """Return the key of one answer."""

@@ -29,7 +29,9 @@ class Runner:
         self.run = run
         self.reporter = reporter
         loaded = run.loaded
-        self._generator = Generator(loaded.model, loaded.tokenizer, loaded.shape, loaded.item_bytes)
+        self._generator = run.generator or Generator(
+            loaded.model, loaded.tokenizer, loaded.shape, loaded.item_bytes
+        )
         self._warm: set[str] = set()
         self._limits: dict[str, int] = {}
 
@@ -104,7 +106,7 @@ class Runner:
 
     @contextlib.contextmanager
     def _attached(self, cell: Cell) -> Iterator[Any]:
-        if cell.method.is_full:
+        if not cell.method.ids:
             yield None
             return
         with self.run.attach(self.run.loaded.model, **cell.method.attach_arguments()) as dock:

@@ -113,6 +113,7 @@ def methods_of(info: dict[str, Any]) -> dict[str, MethodConfig]:
             ids=tuple(entry["methods"]),
             budget=entry["budget"],
             options=entry["options"],
+            server=entry.get("server", "transformers"),
         )
         for entry in info["methods"]
     }

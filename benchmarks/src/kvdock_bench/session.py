@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import reprlib
 import shlex
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,9 +20,10 @@ from kvdock_bench.arguments import Arguments
 from kvdock_bench.atomic import write_json
 from kvdock_bench.config import BenchConfig, load_config, override
 from kvdock_bench.dry_run import budget_warnings, show_plan
-from kvdock_bench.errors import BenchError
+from kvdock_bench.errors import BenchError, did_you_mean
 from kvdock_bench.folder import RUN_FILE, check_tag, default_tag, locked, open_run, read_run
-from kvdock_bench.methods import MethodConfig, parse_methods
+from kvdock_bench.methods import VLLM, MethodConfig, parse_methods
+from kvdock_bench.oom import release
 from kvdock_bench.plan import SCHEMA_VERSION, Plan, make_plan, run_identity
 from kvdock_bench.progress import progress
 from kvdock_bench.prompting import Prompter
@@ -29,30 +33,80 @@ from kvdock_bench.run import Attach, Run
 from kvdock_bench.runner import Runner
 from kvdock_bench.runs import methods_of
 from kvdock_bench.sources import load_data
+from kvdock_bench.vllm.locate import find_python
+from kvdock_bench.vllm.serve import LOG, Engine, serving
 
 DONE, FAILED, INTERRUPTED = 0, 1, 130
+SERVERS = ("transformers", "vllm")
 
 
 def bench(arguments: Arguments, *, attach: Attach = kvdock.attach) -> int:
     """Run what the arguments ask for and return the exit code."""
     console = make_console()
     config = effective_config(arguments)
-    methods = parse_methods(arguments.acceleration, arguments.budget, arguments.settings)
+    columns = parse_columns(arguments)
+    methods = [method for part in columns.values() for method in part]
     device = models.parse_device(list(arguments.device))
     dtype = models.parse_dtype(arguments.torch_dtype, device)
     _check_dtypes(methods, dtype)
-    plan = make_plan(config, methods, load_data(config.data))
+    data = load_data(config.data)
     if arguments.dry_run:
+        plan = make_plan(config, methods, data)
         show_plan(console, plan, models.peek_shape(arguments.model_path), dtype)
         return DONE
+    engine = _engine(arguments)
     tag = check_tag(arguments.save_tag or _default_tag(arguments, config))
     folder = open_run(
         arguments.output_dir, tag, resume=arguments.resume, overwrite=arguments.overwrite
     )
+    code = DONE
     with locked(folder):
-        loaded = models.load(arguments.model_path, dtype=dtype, device=device)
-        _check_methods(plan, loaded, attach)
-        return _Session(arguments, plan, folder, loaded, attach, console).run()
+        for server, part in columns.items():
+            plan = make_plan(config, part, data)
+            if server == "vllm":
+                loaded = models.describe(arguments.model_path, dtype=dtype, device=device)
+            else:
+                loaded = models.load(arguments.model_path, dtype=dtype, device=device)
+            _check_methods(plan, loaded, attach)
+            session = _Session(arguments, plan, folder, loaded, attach, console, engine)
+            code = max(code, session.run())
+            # the next server needs the memory
+            del loaded, session
+            release()
+            if code == INTERRUPTED:
+                break
+    return code
+
+
+def parse_columns(arguments: Arguments) -> dict[str, list[MethodConfig]]:
+    """Return the table's columns by the server that answers for them, transformers first."""
+    servers = set(arguments.server)
+    if unknown := sorted(servers - set(SERVERS)):
+        raise BenchError(f"--server {unknown[0]} is unknown.{did_you_mean(unknown[0], SERVERS)}")
+    for name in ("vllm_python", "max_model_len", "gpu_memory_utilization"):
+        if "vllm" not in servers and getattr(arguments, name) is not None:
+            raise BenchError(f"--{name} is for vLLM. Add --server vllm, or leave it out.")
+    columns = {}
+    if "transformers" in servers:
+        columns["transformers"] = parse_methods(
+            arguments.acceleration, arguments.budget, arguments.settings
+        )
+    elif arguments.acceleration:
+        raise BenchError(
+            f"--acceleration {' '.join(arguments.acceleration)} needs transformers, vLLM runs no "
+            "method of kvdock. Write --server transformers vllm for both in one table."
+        )
+    if "vllm" in servers:
+        columns["vllm"] = [VLLM]
+    return columns
+
+
+def _engine(arguments: Arguments) -> Engine | None:
+    """Find vLLM before anything slow happens."""
+    if "vllm" not in arguments.server:
+        return None
+    python = find_python(arguments.vllm_python)
+    return Engine(python, arguments.max_model_len, arguments.gpu_memory_utilization)
 
 
 def effective_config(arguments: Arguments) -> BenchConfig:
@@ -80,6 +134,12 @@ class _Session:
     loaded: models.Loaded
     attach: Attach
     console: Console
+    engine: Engine | None
+
+    @property
+    def served(self) -> bool:
+        """Tell whether another process answers."""
+        return any(method.server == "vllm" for method in self.plan.methods)
 
     def run(self) -> int:
         """Generate what is missing, write the results, and return the exit code."""
@@ -95,7 +155,10 @@ class _Session:
         started, code = time.perf_counter(), DONE
         status = "failed"
         try:
-            with progress(self.console, tokens, samples) as reporter:
+            with (
+                self._generating(run, metadata_, samples) as run,
+                progress(self.console, tokens, samples) as reporter,
+            ):
                 Runner(run, reporter)()
             status = "finished"
         except KeyboardInterrupt:
@@ -112,6 +175,20 @@ class _Session:
             code = FAILED
             self._say(f"{failed} cells have errors: {run.error_log}")
         return code
+
+    @contextlib.contextmanager
+    def _generating(self, run: Run, metadata_: dict[str, Any], samples: int) -> Iterator[Run]:
+        """Start the other process if one is needed, and note its versions."""
+        if not self.served or not samples or self.engine is None:
+            yield run
+            return
+        self._say(f"Starting vLLM; its output: {self.folder / LOG}")
+        place = models.locate(self.arguments.model_path)
+        with serving(self.engine, self.loaded, place, self.plan.config, self.folder) as started:
+            generator, metadata_["vllm"] = started
+            if run.loaded.model.device.type == "cuda":
+                run = dataclasses.replace(run, device=metadata_["vllm"]["device_name"])
+            yield dataclasses.replace(run, generator=generator)
 
     def _prepare(self) -> tuple[Run, dict[str, Any]]:
         config = self.plan.config
@@ -147,6 +224,7 @@ class _Session:
         if earlier is not None:
             present = {method.method_id for method in methods}
             methods += [old for name, old in methods_of(earlier).items() if name not in present]
+            methods.sort(key=lambda method: not method.is_full)
             sessions = earlier["sessions"]
             identity = {**identity, "data": {**earlier["identity"]["data"], **identity["data"]}}
         command = shlex.join(self.arguments.command)
@@ -171,12 +249,20 @@ class _Session:
             ],
             "identity": identity,
             "data": data,
-            "model": metadata.describe_model(self.loaded, models.locate(self.arguments.model_path)),
+            "model": self._describe_model(earlier),
+            "vllm": earlier.get("vllm") if earlier is not None else None,
             "versions": metadata.describe_software(ids),
             "git": metadata.describe_git(),
             "hardware": metadata.describe_hardware(self.loaded.model.device),
             "environment": metadata.environment(),
         }
+
+    def _describe_model(self, earlier: dict[str, Any] | None) -> dict[str, Any]:
+        if self.served and earlier is not None:
+            return dict(earlier["model"])
+        place = models.locate(self.arguments.model_path)
+        found = metadata.describe_model(self.loaded, place)
+        return {**found, "attention": "of vLLM"} if self.served else found
 
     def _resume_command(self) -> str:
         words = [word for word in self.arguments.command if word not in ("--overwrite", "--resume")]
@@ -192,7 +278,7 @@ def _default_tag(arguments: Arguments, config: BenchConfig) -> str:
 
 def _check_dtypes(methods: list[MethodConfig], dtype: str) -> None:
     for method in methods:
-        if not method.is_full and dtype not in method.dtypes:
+        if method.ids and dtype not in method.dtypes:
             raise BenchError(
                 f"{method.label} does not support --torch_dtype {dtype}, only "
                 f"{', '.join(method.dtypes) or 'none'}."
@@ -202,7 +288,7 @@ def _check_dtypes(methods: list[MethodConfig], dtype: str) -> None:
 def _check_methods(plan: Plan, loaded: models.Loaded, attach: Attach) -> None:
     """Attach each method once, so that what cannot run is refused before anything runs."""
     for method in plan.methods:
-        if not method.is_full:
+        if method.ids:
             with attach(loaded.model, **method.attach_arguments()):
                 pass
 

@@ -57,8 +57,7 @@ def test_both_ways_of_naming_methods(app, words, model_folder, config_file):
     [
         (["--gp_num", "2"], "--gp_num: spreading a run over several GPUs is not available"),
         (["--adapter_path", "x"], "--adapter_path: running with a PEFT adapter is not available"),
-        (["--server", "vllm"], "--server vllm is not available in this version"),
-        (["--server", "rwkv"], "--server rwkv is unknown"),
+        (["--server", "rwkv"], "--server rwkv is unknown. Allowed: transformers, vllm."),
     ],
 )
 def test_reserved_flags_say_so(app, words, message):
@@ -78,7 +77,8 @@ def test_the_help_names_every_flag(app):
     text = run(app, "--help").output
     names = """
         model_path cfg_path acceleration budget set device torch_dtype batch_size limit max_length
-        template save_tag output_dir resume overwrite dry_run server
+        template save_tag output_dir resume overwrite dry_run server vllm_python max_model_len
+        gpu_memory_utilization
     """
     for flag in names.split():
         assert f"--{flag}" in text
