@@ -74,7 +74,12 @@ def pins(environment: str) -> list[str]:
 
 def install(session: nox.Session, environment: str, *extra: str) -> None:
     """Install an environment with our distributions in editable form."""
-    editable = [part for folder in packages_of(environment) for part in ("-e", str(folder))]
+    extras = {"benchmarks": "[longbench]"}
+    editable = [
+        part
+        for folder in packages_of(environment)
+        for part in ("-e", f"{folder}{extras.get(folder.name, '')}")
+    ]
     session.install(*pins(environment), *editable, *extra)
 
 

@@ -10,7 +10,12 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One prepared prompt; `fit` is False when even the smallest one was too long."""
+    """One prepared prompt; `fit` is False when even the smallest one was too long.
+
+    Args:
+        n_tail: tokens at the end that are fed as a later turn, after the rest is compressed.
+        likelihood: those tokens are judged, and nothing is generated.
+    """
 
     index: int
     ids: list[int]
@@ -19,6 +24,8 @@ class Item:
     units: int
     fit: bool
     meta: dict[str, Any] = field(default_factory=dict)
+    n_tail: int = 0
+    likelihood: bool = False
 
 
 def make_batches(items: Iterable[Item], size: int, *, padding: bool) -> list[list[Item]]:

@@ -42,12 +42,24 @@ class Haystack:
         self.label = label
         self.sha256 = hashlib.sha256(text.encode()).hexdigest()
         self.n_words = len(words)
+        self._words = words
         self._sentences = split_sentences(words)
         self._ends = list(accumulate(len(sentence) for sentence in self._sentences))
         self._joined = [" ".join(sentence) for sentence in self._sentences]
 
-    def take(self, n_words: int) -> list[str]:
-        """Return the first words of the text as sentences, the last of them cut where needed."""
+    def words(self, start: int, stop: int) -> list[str]:
+        """Return the words from one place to another; the text repeats on both sides."""
+        return [self._words[place % self.n_words] for place in range(start, stop)]
+
+    def take(self, n_words: int, start: int = 0) -> list[str]:
+        """Return so many words as sentences, the first and the last of them cut where needed.
+
+        Args:
+            start: words to leave out before.
+        """
+        if start:
+            found = split_sentences(self.words(start, start + n_words))
+            return [" ".join(sentence) for sentence in found]
         rounds, rest = divmod(n_words, self.n_words)
         full = bisect_left(self._ends, rest + 1)
         taken = self._joined * rounds + self._joined[:full]

@@ -106,6 +106,7 @@ def record_key(identity: dict[str, Any], cell: Cell, config: BenchConfig, index:
             **identity,
             "template": "raw" if raw else identity["template"],
             "answer_prefix": config.answer_prefix,
+            "protocol": "context-first" if config.question == "agnostic" else PROTOCOL,
             "max_length": config.max_length,
             "data": identity["data"][cell.task.name],
             "method": cell.method.identity,

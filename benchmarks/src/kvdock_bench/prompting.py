@@ -18,11 +18,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """What the model reads: the text, its tokens, and their number."""
+    """What the model reads: the text, its tokens, and their number.
+
+    Args:
+        n_tail: tokens at the end that are fed as a later turn, after the rest is compressed.
+    """
 
     text: str
     input_ids: list[int]
     n_tokens: int
+    n_tail: int = 0
 
 
 class Prompter:
@@ -32,6 +37,7 @@ class Prompter:
         self.tokenizer = tokenizer
         self.config = config
         self._template = _load_template(tokenizer, config.template)
+        self._cut_first = config.suite.cut_first
 
     @property
     def template_id(self) -> str:
@@ -40,30 +46,57 @@ class Prompter:
             return "raw"
         return f"chat:{hashlib.sha256(self._template.encode()).hexdigest()[:12]}"
 
-    def tokens(self, sample: Sample) -> tuple[str, list[int]]:
-        """Return the whole prompt's text and tokens, before any cut."""
-        body = "\n".join(part for part in (sample.context, sample.question) if part)
-        prefix = sample.answer_prefix if self.config.answer_prefix != "none" else ""
-        if self._template is None or sample.task in self.config.no_template_tasks:
-            text = body + prefix
-            return text, self._encode_raw(text)
-        inside = self.config.answer_prefix == "in_user"
-        text = self._apply_template(body + prefix if inside else body)
-        if not inside:
-            # The assistant's turn starts here: a leading space would be an odd first token.
-            text += prefix.lstrip()
-        # The template already wrote the special tokens; adding them again would double the BOS.
-        return text, list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+    def tokens(self, sample: Sample) -> tuple[str, list[int], int]:
+        """Return the whole prompt's text and tokens, and how many of them are a later turn's."""
+        text, raw = self._text(sample)
+        if not sample.likelihood and self.config.question == "aware":
+            return text, self._encode(text, raw), 0
+        # The turns are encoded apart, as they reach the model.
+        at = text.rfind(sample.question.strip()) if sample.question.strip() else -1
+        if at <= 0:
+            raise BenchError(
+                f"{sample.task}, sample {sample.index}: the prompt has no question after its "
+                "context, so the question cannot be a turn of its own. Use question: aware, or a "
+                "longer max_length where that has cut it."
+            )
+        head = self._encode(text[:at], raw)
+        tail = list(self.tokenizer(text[at:], add_special_tokens=False)["input_ids"])
+        return text, head + tail, len(tail)
 
     def render(self, sample: Sample) -> Prompt:
         """Return the prompt, its middle cut out where it exceeds max_length."""
-        text, ids = self.tokens(sample)
+        text, ids, n_tail = self.tokens(sample)
         cap = self.config.max_length
-        if cap is not None and len(ids) > cap:
-            head = cap // 2
-            ids = ids[:head] + ids[len(ids) - (cap - head) :]
+        if cap is not None and not self._cut_first and len(ids) > cap:
+            ids = _without_middle(ids, cap)
             text = self.tokenizer.decode(ids, skip_special_tokens=False)
-        return Prompt(text, ids, len(ids))
+            n_tail = min(n_tail, cap - cap // 2)
+        return Prompt(text, ids, len(ids), n_tail)
+
+    def _text(self, sample: Sample) -> tuple[str, bool]:
+        """Return the whole text, and whether it is raw, without a chat template."""
+        joint = sample.joint if sample.context and sample.question else ""
+        body = f"{sample.context}{joint}{sample.question}"
+        cap = self.config.max_length
+        if self._cut_first and cap is not None:
+            ids = self.tokenizer(body, add_special_tokens=False)["input_ids"]
+            if len(ids) > cap:
+                half, decode = cap // 2, self.tokenizer.decode
+                body = decode(ids[:half], skip_special_tokens=True)
+                body += decode(ids[len(ids) - half :], skip_special_tokens=True)
+        prefix = sample.answer_prefix if self.config.answer_prefix != "none" else ""
+        if self._template is None or sample.task in self.config.no_template_tasks:
+            return body + prefix, True
+        inside = self.config.answer_prefix == "in_user"
+        text = self._apply_template(body + prefix if inside else body)
+        # The assistant's turn starts here: a leading space would be an odd first token.
+        return text if inside else text + prefix.lstrip(), False
+
+    def _encode(self, text: str, raw: bool) -> list[int]:
+        if raw:
+            return self._encode_raw(text)
+        # The template already wrote the special tokens; adding them again would double the BOS.
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def _apply_template(self, user: str) -> str:
         try:
@@ -86,6 +119,11 @@ class Prompter:
         eos = self.tokenizer.eos_token_id
         # Some tokenizers close every text; the model must continue this one.
         return ids[:-1] if ids and eos is not None and ids[-1] == eos else ids
+
+
+def _without_middle(ids: list[int], cap: int) -> list[int]:
+    head = cap // 2
+    return ids[:head] + ids[len(ids) - (cap - head) :]
 
 
 def _load_template(tokenizer: Any, choice: str | None) -> str | None:

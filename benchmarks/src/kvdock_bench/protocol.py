@@ -28,15 +28,17 @@ def make_protocol(
     """Return the protocol of one method's answers to one task.
 
     Its keys: `template` ("raw", or "chat:" and a hash), `answer_prefix` (its place), `truncation`
-    ("none" or "middle:TOKENS"), `question` ("aware": part of the compressed prompt; "agnostic":
-    asked after compression), `stop_ids`, `stop` (texts), `budget` (the kind, None without one).
+    ("none", "middle:TOKENS" or "middle-before-template:TOKENS"), `question` ("aware": part of the
+    compressed prompt; "agnostic": asked after compression), `stop_ids`, `stop` (texts), `budget`
+    (the kind, None without one).
     """
     cap = config.max_length
+    cut = "middle-before-template" if config.suite.cut_first else "middle"
     budget = Budget.parse(method.budget)
     return {
         "template": "raw" if task in config.no_template_tasks else template_id,
         "answer_prefix": config.answer_prefix,
-        "truncation": "none" if cap is None else f"middle:{cap}",
+        "truncation": "none" if cap is None else f"{cut}:{cap}",
         "question": config.question,
         "stop_ids": stops,
         "stop": list(config.generation.stop),

@@ -6,7 +6,8 @@ import contextlib
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any
 
 from kvdock_bench.batches import Item
 from kvdock_bench.generate import Answer
@@ -15,20 +16,11 @@ from kvdock_bench.plan import Cell, Plan, record_key
 from kvdock_bench.prompting import Prompter
 from kvdock_bench.protocol import make_protocol, protocol_id, stop_ids
 from kvdock_bench.record import Record
+from kvdock_bench.records import RecordStore
 from kvdock_bench.scoring import score
 from kvdock_bench.sources import TaskData
 
 Attach = Callable[..., contextlib.AbstractContextManager[Any]]
-
-
-class Sink(Protocol):
-    """Where answers go: the run's folder, or the process that writes it."""
-
-    def append(self, cell: str, record: Record) -> None:
-        """Take the record of one answer; ``cell`` is its place in the run folder."""
-
-    def log(self, text: str) -> None:
-        """Take the traceback of an unexpected error."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +31,6 @@ class Run:
         identity: what every record's key has in common.
         attach: `kvdock.attach`, or a stand-in.
         device: the name written into records.
-        time_limit: seconds that one answer may take; None for any.
         generator: what answers; None: the loaded model itself.
     """
 
@@ -47,16 +38,21 @@ class Run:
     loaded: Loaded
     prompter: Prompter
     data: TaskData
-    sink: Sink
+    store: RecordStore
     identity: dict[str, Any]
     attach: Attach
     device: str
-    time_limit: float | None = None
+    error_log: Path
     generator: Any = None
 
     def key(self, cell: Cell, index: int) -> str:
         """Return the key of one answer."""
         return record_key(self.identity, cell, self.plan.config, index)
+
+    def missing(self, cell: Cell) -> list[int]:
+        """Return the indices of a cell's samples that are still to do."""
+        count = self.plan.count(cell.task.name)
+        return [i for i in range(count) if not self.store.is_finished(self.key(cell, i))]
 
     def save(
         self,
@@ -96,13 +92,15 @@ class Run:
             meta=item.meta,
         )
         if answer is not None:
+            meta = {**item.meta, **answer.meta}
             record = dataclasses.replace(
                 record,
+                meta=meta,
                 prediction=answer.text,
-                score=score(cell.task.metric, answer.text, item.references, item.meta),
+                score=score(cell.task.metric, answer.text, item.references, meta),
                 n_new_tokens=answer.n_new_tokens,
                 finish_reason=answer.finish_reason,
                 timings=answer.timings,
                 memory=answer.memory,
             )
-        self.sink.append(cell.name, record)
+        self.store.append(cell.name, record)

@@ -78,12 +78,16 @@ class Generation(_Section):
 
 
 class DataSources(_Section):
-    """Where texts come from; `qa` takes one file or several (SQuAD v2 and HotpotQA json)."""
+    """Where texts come from; `qa` takes one file or several (SQuAD v2 and HotpotQA json).
+
+    `longbench` is a folder of the task's files, or "hub".
+    """
 
     haystack: Annotated[str, _source("austen")] = "austen"
     qa: Annotated[tuple[Annotated[str, _source("synthetic")], ...], BeforeValidator(_as_list)] = (
         "synthetic",
     )
+    longbench: Annotated[str, _source("hub")] | None = None
 
 
 class JsonlFile(_Section):
@@ -108,7 +112,7 @@ class BenchConfig(_Section):
     template: str | None = "auto"
     no_template_tasks: tuple[str, ...] = Field(default=(), validate_default=True)
     answer_prefix: Literal["after_header", "in_user", "none"] = "after_header"
-    question: Literal["aware"] = "aware"
+    question: Literal["aware", "agnostic"] = "aware"
     max_length: Annotated[int, Field(ge=2)] | None = None
     generation: Generation = Generation()
     batch_size: Count | Literal["auto"] = 1

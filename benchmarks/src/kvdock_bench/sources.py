@@ -6,6 +6,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from kvdock_bench.haystack import Haystack, load_haystack
+from kvdock_bench.longbench_files import LongBenchFiles
 from kvdock_bench.people import SyntheticQuestions
 from kvdock_bench.qa_files import Questions, load_questions
 
@@ -34,6 +35,11 @@ class TaskData:
         made_up: dict[int, Questions] = {1: SyntheticQuestions(1), 2: SyntheticQuestions(2)}
         files = [load_questions(name) for name in self.sources.qa if name != "synthetic"]
         return made_up | {collection.hops: collection for collection in files}
+
+    @cached_property
+    def longbench(self) -> LongBenchFiles:
+        """Return LongBench's rows."""
+        return LongBenchFiles(self.sources.longbench)
 
     def qa(self, hops: int) -> Questions:
         """Return the questions that need one document (1) or two (2)."""

@@ -18,7 +18,13 @@ Args = Mapping[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """Keep haystack, question and answer prefix apart, so that any protocol can use them."""
+    """Keep haystack, question and answer prefix apart, so that any protocol can use them.
+
+    Args:
+        joint: what stands between context and question in the prompt.
+        likelihood: the question is a text that follows the context; its tokens are judged, and
+            nothing is generated.
+    """
 
     task: str
     index: int
@@ -27,6 +33,8 @@ class Sample:
     answer_prefix: str
     references: tuple[str, ...]
     meta: dict[str, Any] = field(default_factory=dict)
+    joint: str = "\n"
+    likelihood: bool = False
 
 
 @dataclass(frozen=True, slots=True)

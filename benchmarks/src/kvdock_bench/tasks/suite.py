@@ -21,6 +21,7 @@ class Suite:
         default: the task or group that a config without `task_names` means.
         no_template: tasks that get no chat template unless a config says otherwise.
         lengths: of a config that names none, in tokens.
+        cut_first: whether max_length cuts the middle before the chat template is put around.
     """
 
     name: str
@@ -30,6 +31,7 @@ class Suite:
     default: str = "all"
     no_template: tuple[str, ...] = ()
     lengths: tuple[int, ...] = ()
+    cut_first: bool = False
 
     def __post_init__(self) -> None:
         """Fill in the lengths."""

@@ -5,13 +5,16 @@ from __future__ import annotations
 from importlib.metadata import EntryPoint, entry_points
 
 from kvdock_bench.errors import BenchError, did_you_mean
+from kvdock_bench.tasks.longbench import LONGBENCH
+from kvdock_bench.tasks.needle import NIAH
 from kvdock_bench.tasks.registry import RULER
 from kvdock_bench.tasks.suite import Suite
+from kvdock_bench.tasks.text import TEXT
 
 SUITE_GROUP = "kvdock.tasks"
 """Entry points of suites: the name is the suite's, the value a `Suite` or what returns one."""
 
-_BUILT_IN = {suite.name: suite for suite in (RULER,)}
+_BUILT_IN = {suite.name: suite for suite in (RULER, NIAH, LONGBENCH, TEXT)}
 
 
 def suite_names() -> list[str]:

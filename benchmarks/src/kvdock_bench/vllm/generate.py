@@ -48,8 +48,21 @@ class VLLMGenerator:
         self._longest = int(ready["max_model_len"])
         self._block = int(ready["block_size"])
 
-    def run(self, prompts: Sequence[list[int]], settings: Settings, dock: Any) -> list[Answer]:
-        """Generate for a batch of token lists; a prompt that would have to be cut is refused."""
+    def run(
+        self,
+        prompts: Sequence[list[int]],
+        settings: Settings,
+        dock: Any,
+        *,
+        tails: Sequence[int] = (),
+    ) -> list[Answer]:
+        """Generate for a batch of token lists; a prompt that would have to be cut is refused.
+
+        Args:
+            tails: of no account: nothing is compressed, so a later turn is the prompt's end.
+        """
+        if settings.likelihood:
+            raise BenchError("vLLM judges no texts here. Run this benchmark on transformers.")
         for prompt in prompts:
             check_fits(len(prompt), settings.max_new_tokens, self._longest)
         rows, seconds = self._worker.generate(
