@@ -94,7 +94,7 @@ def _obstacle(model: Any, plan: DockPlan, capture: bool) -> str | None:
     methods = "+".join(plan.methods)
     if capture and model.device.type != "cuda":
         return f"the model is on {model.device.type!r}, and graphs need a CUDA device"
-    if plan.storage_policy is not None:
+    if plan.storage_policy is not None and not plan.storage_policy.fixed_steps:
         return f"the storage of {methods} decides on the host when it packs entries"
     if len(plan.managed) != plan.config.num_hidden_layers:
         return "some of the model's layers keep a cache of their own (sliding window or linear)"
@@ -164,6 +164,8 @@ class Decoder:
         """Say whether eager decode reads this cache faster, and tell the user why."""
         if not self._mode.capture or self._mode.required:
             return False
+        if session.plan.storage_policy is not None:
+            return False  # a storage of its own does not attend through a mask
         slots = max(max(store.storage.live) for store in session.stores)
         if slots <= LONGEST or all(has_kernel(store) for store in session.stores):
             return False

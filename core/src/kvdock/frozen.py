@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from kvdock.dense import KEY, POSITION, VALUE
+from kvdock.formatted import FormattedStore
+from kvdock.frozen_form import FormCursors, FrozenForm
 from kvdock.kernels.slots import append_slots, attend_filled, counters, tried
 from kvdock.layer import LayerStore
 from kvdock.policy import AttentionParams
@@ -131,13 +133,7 @@ class FrozenCache:
     def __init__(self, stores: Sequence[LayerStore], room: int) -> None:
         for store in stores:
             store.ledger.reserve(room)
-            store.dense.reserve(store.ledger.capacity)
-        self._cursors = Cursors(stores)
-        for store in stores:
-            has_kernel(store)  # tried now, because trying it waits for the device
-        self._layers = [
-            FrozenLayer(store, rank, self._cursors) for rank, store in enumerate(stores)
-        ]
+        self._cursors, self._layers = _frozen_forms(stores) or _frozen_slots(stores)
         counts = [store.ledger.room for store in stores]
         self.room = min((count for count in counts if count is not None), default=None)
         """Steps until a layer is full; None where none can be."""
@@ -182,3 +178,23 @@ def has_kernel(store: LayerStore) -> bool:
         return False
     group = store.plan.config.num_attention_heads // key.shape[1]
     return tried(key.device, key.dtype, group, key.shape[-1], value.shape[-1]) is not None
+
+
+def _frozen_slots(stores: Sequence[LayerStore]) -> tuple[Cursors, Sequence[FrozenLayer]]:
+    for store in stores:
+        store.dense.reserve(store.ledger.capacity)
+    cursors = Cursors(stores)
+    for store in stores:
+        has_kernel(store)  # tried now, because trying it waits for the device
+    return cursors, [FrozenLayer(store, rank, cursors) for rank, store in enumerate(stores)]
+
+
+def _frozen_forms(
+    stores: Sequence[LayerStore],
+) -> tuple[FormCursors, Sequence[FrozenForm]] | None:
+    """Freeze layers whose storage is a method's own; all layers of a cache are, or none is."""
+    forms = [store for store in stores if isinstance(store, FormattedStore)]
+    if not forms:
+        return None
+    cursors = FormCursors(forms)
+    return cursors, [FrozenForm(store, rank, cursors) for rank, store in enumerate(forms)]

@@ -105,12 +105,47 @@ class KVStorage(ABC):
         """Return the bytes allocated for positions, indices and a policy's per-entry tensors."""
 
 
+class FixedSteps(ABC):
+    """Run decode steps over a storage's memory as it stands, on tensors alone.
+
+    Nothing is decided on the host and no shape changes, so that a step can be captured as a CUDA
+    graph. The host counts along by ``PolicyStorage.advance``.
+    """
+
+    @abstractmethod
+    def append(self, key: Tensor, value: Tensor, positions: Tensor, lengths: Tensor) -> None:
+        """Append one real token per row, [B, K, 1, D]; there is room for it.
+
+        Args:
+            positions: of the tokens, int64 [B]. lengths: entries before them, int32 [B].
+        """
+
+    @abstractmethod
+    def attend(self, query: Tensor, lengths: Tensor, params: AttentionParams) -> Tensor:
+        """Attend as ``attend_step`` does, [B, H, 1, D] → [B, 1, H, D], and end the step.
+
+        Args:
+            lengths: entries of the rows, the appended one included, int32 [B].
+        """
+
+
 class PolicyStorage(KVStorage):
     """Hold entries in the form a `StoragePolicy` gives them; subclass it in the method's package.
 
     Memory is allocated for ``capacity`` entries a row and grows, by one copy, only when the core
     names a larger one; ``nbytes`` then equals the policy's ``predicted_nbytes``.
     """
+
+    def freeze(self, capacity: int) -> FixedSteps:
+        """Make room for ``capacity`` entries a row and return what steps over them on the device.
+
+        Called where the policy sets ``fixed_steps``; valid until any other method that writes.
+        """
+        raise NotImplementedError(f"{type(self).__name__}: fixed_steps is set without freeze()")
+
+    def advance(self) -> None:
+        """Count on the host a step that a `FixedSteps` made, so that eager steps can go on."""
+        raise NotImplementedError(f"{type(self).__name__}: fixed_steps is set without advance()")
 
     @abstractmethod
     def fill(self, groups: Sequence[RowGroup], capacity: int, *, ordered: bool) -> None:

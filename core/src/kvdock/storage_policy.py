@@ -70,6 +70,9 @@ class StoreShape:
 class StoragePolicy(ABC):
     """Decide in which form entries are stored; never which of them."""
 
+    fixed_steps: bool = False
+    """Whether the storage offers ``freeze``: decode in fixed shapes that a graph can capture."""
+
     @property
     def active(self) -> bool:
         """Say whether anything is stored differently; the core uses its dense storage if not."""

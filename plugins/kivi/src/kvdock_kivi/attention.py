@@ -93,21 +93,97 @@ def reference_attend(
     shape = (b, kv_heads, heads // kv_heads * queries, -1)
     query, narrow = query.float().reshape(shape), narrow.float().reshape(shape)
     dim = cache.value_rest.shape[-1]
-    top = query.new_full((*query.shape[:3], 1), float("-inf"))
-    mass, sums = torch.zeros_like(top), query.new_zeros(*query.shape[:3], dim)
+    softmax = RunningSoftmax(query, dim)
     packed = geometry.key_tokens(max(length - held, 0))
     for keys, values, is_narrow in tiles(cache, geometry, rows, length, packed):
-        scores = (narrow if is_narrow else query) @ keys.mT * scaling
-        higher = torch.maximum(top, scores.amax(-1, keepdim=True))
+        softmax.take((narrow if is_narrow else query) @ keys.mT * scaling, values)
+    return softmax.mean.view(b, heads, queries, dim), softmax.lse.view(b, heads, queries)
+
+
+class RunningSoftmax:
+    """Average values under the softmax of scores that come tile by tile.
+
+    Args:
+        query: [b, K, Q, D]. dim: value channels.
+    """
+
+    def __init__(self, query: Tensor, dim: int) -> None:
+        self._top = query.new_full((*query.shape[:3], 1), float("-inf"))
+        self._mass = torch.zeros_like(self._top)
+        self._sums = query.new_zeros(*query.shape[:3], dim)
+
+    def take(self, scores: Tensor, values: Tensor) -> None:
+        """Add a tile: scores [b, K, Q, N], −∞ where unseen; values [b, K, N, Dv]."""
+        higher = torch.maximum(self._top, scores.amax(-1, keepdim=True))
         weights = (scores - higher).exp()
-        fade = (top - higher).exp()
-        mass = mass * fade + weights.sum(-1, keepdim=True)
-        sums = sums * fade + weights @ values
-        top = higher
-    # without tokens the log-sum-exp is −inf and the output 0
-    output = sums / mass.clamp_min(torch.finfo(mass.dtype).tiny)
-    lse = top + mass.log()
-    return output.view(b, heads, queries, dim), lse.view(b, heads, queries)
+        fade = (self._top - higher).exp()
+        self._mass = self._mass * fade + weights.sum(-1, keepdim=True)
+        self._sums = self._sums * fade + weights @ values
+        self._top = higher
+
+    @property
+    def mean(self) -> Tensor:
+        """Return the average, [b, K, Q, Dv]; 0 without tokens."""
+        return self._sums / self._mass.clamp_min(torch.finfo(self._mass.dtype).tiny)
+
+    @property
+    def lse(self) -> Tensor:
+        """Return the natural log-sum-exps, [b, K, Q, 1]; −∞ without tokens."""
+        return self._top + self._mass.log()
+
+
+def fixed_attend(
+    cache: Packed,
+    geometry: Geometry,
+    query: Tensor,
+    narrow: Tensor,
+    lengths: Tensor,
+    scaling: float,
+) -> Tensor:
+    """Attend with one query per row over rows whose lengths only the device knows.
+
+    All tiles of the capacity are dequantised, one at a time, and what a row does not hold is
+    masked. A window that the newest token completes is not packed yet.
+
+    Args:
+        query: [B, H, 1, D]. narrow: its packed channels, [B, H, 1, Dk]. lengths: int32 [B].
+
+    Returns:
+        float32 [B, H, 1, Dv].
+    """
+    b, heads = query.shape[:2]
+    kv_heads, residual = cache.key_codes.shape[1], geometry.residual
+    shape = (b, kv_heads, heads // kv_heads, -1)
+    query, narrow = query.float().reshape(shape), narrow.float().reshape(shape)
+    length = lengths.long()[:, None]
+    keys_end = (length - 1) // residual * residual
+    values_end = (length - residual).clamp_min(0)
+    softmax = RunningSoftmax(query, cache.value_rest.shape[-1])
+
+    def take(scores: Tensor, seen: Tensor, values: Tensor) -> None:
+        scores = (scores * scaling).masked_fill(~seen[:, None, None, :], float("-inf"))
+        softmax.take(scores, values)
+
+    # the newest first, so that every row has seen a token when a tile of others comes
+    slots = torch.arange(cache.key_rest.shape[2], device=query.device)
+    newest = query @ cache.key_rest.float().mT
+    take(newest, keys_end + slots < length, cache.value_rest.float())
+    windows, packed = cache.key_codes.shape[2], cache.value_codes.shape[2] * geometry.block
+    step = -(-TILE // residual) * residual
+    everyone = slice(None)
+    for begin in range(0, windows * geometry.block, step):
+        end = min(begin + step, windows * geometry.block)
+        tokens = torch.arange(begin, end, device=query.device)
+        values = cache.value_rest[:, :, tokens % residual].float()
+        stop = min(end, packed)
+        if stop > begin:
+            codes = packed_values(cache, geometry, everyone, begin, stop)
+            gone = (tokens[: stop - begin] < values_end)[:, None, :, None]
+            head = torch.where(gone, codes, values[:, :, : stop - begin])
+            values = torch.cat([head, values[:, :, stop - begin :]], dim=2)
+        keys = packed_keys(cache, geometry, everyone, begin, end)
+        take(narrow @ keys.mT, tokens < keys_end, values)
+    return softmax.mean.view(b, heads, 1, -1)
 
 
 def kernel_for(query: Tensor) -> ModuleType | None:

@@ -209,7 +209,8 @@ def _finite(top):
 @triton.jit(
     do_not_specialize=[
         "kv_heads", "queries", "count", "splits", "key_windows", "value_blocks", "rest", "held",
-    ]
+    ],
+    do_not_specialize_on_alignment=["lengths"],
 )  # fmt: skip
 def packed_attention(
     q_full, q_packed, key_codes, key_scale, key_zero, value_codes, value_scale, value_zero,

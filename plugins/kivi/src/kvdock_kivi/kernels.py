@@ -167,6 +167,24 @@ def append_token(
         )  # fmt: skip
 
 
+def flush_keys(
+    cache: Packed, geometry: Geometry, lengths: Tensor, channels: Tensor | None
+) -> None:
+    """Pack the last window of keys in the rows whose ``lengths``, int32 [B], complete one."""
+    batch, kv_heads, rest, dim = cache.key_rest.shape
+    if rest < geometry.residual:
+        return  # there is no room for a whole window
+    key_dim = cache.key_codes.shape[-1]
+    with torch.cuda.device_of(cache.key_rest):
+        pack_kernel.flush_keys[(geometry.residual // geometry.block, batch * kv_heads)](
+            cache.key_rest, cache.key_rest if channels is None else channels,
+            cache.key_codes, cache.key_scale, cache.key_zero, lengths, kv_heads,
+            _windows(cache, geometry), D=dim, DK=key_dim, DKP=_padded(key_dim),
+            NARROW=channels is not None, BITS=geometry.bits, G=geometry.group,
+            R=geometry.residual, N=geometry.plane, num_warps=4,
+        )  # fmt: skip
+
+
 def _windows(cache: Packed, geometry: Geometry) -> int:
     """Return how many windows of keys have room in a row."""
     return cache.key_codes.shape[2] * geometry.block // geometry.residual

@@ -48,19 +48,49 @@ def pack_keys(
     Args (beside strides and pointers):
         row: the cache's row of the grid's first. start: token of the source's first key.
     """
+    batch, head = tl.program_id(1) // kv_heads, tl.program_id(1) % kv_heads
+    place = tl.program_id(0) * (16 // BITS * N)
+    own = (row + batch).to(tl.int64) * kv_heads + head
+    base = source + batch.to(tl.int64) * at_batch + head.to(tl.int64) * at_head
+    base += place.to(tl.int64) * at_row
+    _pack_block(
+        base, channels, codes, scales, zeros, own, start + place, at_row, windows,
+        DK, DKP, NARROW, BITS, G, R, N,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["windows"], do_not_specialize_on_alignment=["lengths"])
+def flush_keys(
+    key_rest, channels, codes, scales, zeros, lengths, kv_heads, windows,
+    D: tl.constexpr, DK: tl.constexpr, DKP: tl.constexpr, NARROW: tl.constexpr,
+    BITS: tl.constexpr, G: tl.constexpr, R: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    """Pack one block of the residual's keys if the row's last token completes a window."""
+    pair, place = tl.program_id(1), tl.program_id(0) * (16 // BITS * N)
+    length = tl.load(lengths + pair // kv_heads)
+    if length % R == 0:
+        own = pair.to(tl.int64)
+        base = key_rest + (own * R + place) * D
+        _pack_block(
+            base, channels, codes, scales, zeros, own, length - R + place, D, windows,
+            DK, DKP, NARROW, BITS, G, R, N,
+        )  # fmt: skip
+
+
+@triton.jit
+def _pack_block(
+    base, channels, codes, scales, zeros, own, first, at_row, windows,
+    DK: tl.constexpr, DKP: tl.constexpr, NARROW: tl.constexpr, BITS: tl.constexpr,
+    G: tl.constexpr, R: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    """Pack the block of keys at ``base`` as tokens ``first …`` of one row and head."""
     PLANES: tl.constexpr = 16 // BITS
     LEVELS: tl.constexpr = (1 << BITS) - 1
     BLOCK: tl.constexpr = PLANES * N
-    batch, head = tl.program_id(1) // kv_heads, tl.program_id(1) % kv_heads
-    place = tl.program_id(0) * BLOCK
-    first = start + place
-    own = (row + batch).to(tl.int64) * kv_heads + head
     d, i = tl.arange(0, DKP), tl.arange(0, N)
     column = d
     if NARROW:
         column = tl.load(channels + own * DK + d, mask=d < DK, other=0)
-    base = source + batch.to(tl.int64) * at_batch + head.to(tl.int64) * at_head
-    base += place.to(tl.int64) * at_row
     inside = (d < DK)[None, :]
     words = tl.zeros([N, DKP], tl.int32)
     GROUPS: tl.constexpr = BLOCK // G
@@ -134,7 +164,7 @@ def pack_values(
     tl.store(codes + at, (words | old).to(tl.int16), mask=mask)
 
 
-@triton.jit(do_not_specialize=["blocks", "rest"])
+@triton.jit(do_not_specialize=["blocks", "rest"], do_not_specialize_on_alignment=["lengths"])
 def append_token(
     key, value, key_rest, value_rest, codes, scales, zeros, lengths,
     k_batch, k_head, v_batch, v_head, kv_heads, blocks, rest,

@@ -17,6 +17,8 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 class KiviPolicy(FormatPolicy):
     """Quantise keys per channel and values per token, all but the newest tokens."""
 
+    fixed_steps = True
+
     def __init__(self, options: KiviOptions) -> None:
         self.options = options
 

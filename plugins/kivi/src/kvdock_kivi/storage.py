@@ -16,6 +16,7 @@ from kvdock.storage import PolicyStorage, RowGroup
 from kvdock_kivi import attention, writing
 from kvdock_kivi.geometry import Geometry
 from kvdock_kivi.packed import Packed
+from kvdock_kivi.steps import KiviSteps
 
 
 class KiviStorage(PolicyStorage):
@@ -31,7 +32,7 @@ class KiviStorage(PolicyStorage):
         self.channels: Tensor | None = None
         self._cache: Packed | None = None
         self._positions: Tensor | None = None
-        self._lengths = torch.empty(0, dtype=torch.int32)
+        self._counts: Tensor | None = None
         self._capacity = 0
         self._held = 0
         """1 between a step and its attention: a window that it completed waits."""
@@ -85,8 +86,15 @@ class KiviStorage(PolicyStorage):
                     self._positions[part, :, span] = group.positions[index].int()
             for row in group.rows:
                 self.live[row] += group.length
-        device = self.cache.key_codes.device
-        self._lengths = torch.tensor(self.live, dtype=torch.int32, device=device)
+        self._counts = None
+
+    @property
+    def _lengths(self) -> Tensor:
+        """Return ``live`` on the device, int32 [B]."""
+        if self._counts is None:
+            device = self.cache.key_codes.device
+            self._counts = torch.tensor(self.live, dtype=torch.int32, device=device)
+        return self._counts
 
     def _alike(self, rows: Sequence[int]) -> Iterator[tuple[slice, slice]]:
         """Yield runs of neighbouring rows of one length, and their places in ``rows``."""
@@ -115,9 +123,21 @@ class KiviStorage(PolicyStorage):
             self._put_positions(positions)
         parts = ((part, self.live[part.start]) for part, _ in self._alike(range(len(self.live))))
         writing.append_token(self.cache, self.geometry, key, value, parts, self._lengths)
+        self._lengths.add_(1)
         self.live = [n + 1 for n in self.live]
-        self._lengths += 1
         self._held = 1
+
+    def freeze(self, capacity: int) -> KiviSteps:
+        """Make room and return steps over the packed tensors as they are then."""
+        self._flush()
+        self._reserve(capacity)
+        return KiviSteps(
+            self.cache, self.geometry, self.channels, self._positions, self._capacity
+        )
+
+    def advance(self) -> None:
+        """Count a step of `freeze` on the host; it packed what had to be packed."""
+        self.live, self._counts = [n + 1 for n in self.live], None
 
     def _put_positions(self, positions: list[int]) -> None:
         assert self._positions is not None
@@ -213,7 +233,8 @@ class KiviStorage(PolicyStorage):
         self._flush()
         self._cache = self.cache.select_rows(index)
         self.live = [self.live[row] for row in order]
-        self._lengths = self._lengths.index_select(0, index.to(self._lengths.device))
+        if self._counts is not None:
+            self._counts = self._counts.index_select(0, index.to(self._counts.device))
         if self.channels is not None:
             self.channels = self.channels.index_select(0, index.to(self.channels.device))
         if self._positions is not None:
