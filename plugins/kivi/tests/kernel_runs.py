@@ -15,7 +15,7 @@ if "--interpret" in sys.argv:
 
 import torch
 
-from kvdock_kivi import kernels, writing
+from kvdock_kivi import kernels, steps, writing
 from kvdock_kivi.geometry import Geometry
 from kvdock_kivi.packed import Packed
 
@@ -111,6 +111,11 @@ def packing(geometry, dim, dtype, cut=None):
         parts = [(slice(0, 2), tokens + step)]
         writing.append_token(caches[1], geometry, *new, parts, lengths)
         lengths += 1
+    completed = torch.tensor([3 * residual, 3 * residual - 1], dtype=torch.int32, device=DEVICE)
+    for cache, module in zip(caches, (kernels, steps), strict=True):
+        cache.key_rest.copy_(draw(7, 2, 2, residual, dim, dtype))
+        module.flush_keys(cache, geometry, completed, channels)
+    assert caches[1].key_scale[0, :, -1].count_nonzero()
     pairs = zip(caches[0].tensors().items(), caches[1].tensors().values(), strict=True)
     kind = {2: torch.int16, 4: torch.int32}
     return [

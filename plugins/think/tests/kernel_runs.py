@@ -15,7 +15,7 @@ if "--interpret" in sys.argv:
 import torch
 
 from kvdock.storage import RowGroup
-from kvdock_think import kernels
+from kvdock_think import append_kernel, attention, kernels
 from kvdock_think.storage import ThinKStorage
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -31,9 +31,12 @@ if DEVICE == "cpu":  # the merge too is the kernel's, not plain torch
 
 def run(
     lengths, *, head_dim=64, kept=48, value_dim=None, kv_heads=2, group=2, queries=1,
-    recent=4, block=128, steps=0, dtype=torch.float32, splits=3, tile=SMALL,
+    recent=4, block=128, steps=0, dtype=torch.float32, splits=3, tile=SMALL, fixed=False,
 ):  # fmt: skip
-    """Fill a storage, take some steps, and return the largest errors of output and log-sum-exp."""
+    """Fill a storage, take some steps, and return the largest errors of output and log-sum-exp.
+
+    With ``fixed`` the kernels append and read the lengths from the device.
+    """
     value_dim = value_dim or head_dim
     generator = torch.Generator().manual_seed(sum(lengths) + kept)
 
@@ -53,19 +56,30 @@ def run(
         for row, n in enumerate(lengths)
     ]  # fmt: skip
     storage.fill(groups, max(lengths) + steps + 3, ordered=True)
+    held = storage.held
+    live, start = (
+        torch.tensor(numbers, dtype=torch.int32, device=DEVICE)
+        for numbers in (held.live, held.start)
+    )
     for step in range(steps):
         at = [n + step for n in lengths]
         new = [
             torch.stack([states[row][:, n : n + 1] for row, n in enumerate(at)]).to(DEVICE)
             for states in (keys, values)
         ]
-        storage.append_step(*new, at, 0)
+        if fixed:
+            append_kernel.append(held, *new, live)
+            live += 1
+        else:
+            storage.append_step(*new, at, 0)
     if not storage.even:
         _ = storage._lengths
     query = draw(len(lengths), kv_heads * group, queries, head_dim) * 2
     scaling = head_dim**-0.5
+    most = held.keys.shape[2]
+    cursor = attention.Cursor(live, start, most, recent + block, block) if fixed else None
     output, lse = kernels.attend(
-        query.to(DEVICE), storage.held, scaling, dtype, tile=tile, splits=splits
+        query.to(DEVICE), held, scaling, dtype, cursor=cursor, tile=tile, splits=splits
     )
     errors = []
     for row, n in enumerate(lengths):
@@ -89,6 +103,9 @@ def runs():
     yield "ragged", run([33, 5, 1], group=1)
     yield "ragged, steps", run([33, 5, 1], steps=3, group=4)
     yield "blocks became narrow", run([20, 33], steps=13, recent=3, block=5)
+    for lengths in ([20, 33], [7]):
+        more = {"steps": 13, "recent": 3, "block": 5, "group": 4, "head_dim": 96}
+        yield f"fixed steps {lengths}", run(lengths, fixed=True, **more)
     yield "no recent tokens", run([20], steps=2, recent=0)
     yield "more queries than a block", run([40, 29], queries=35, head_dim=16, kept=8)
     yield "8 heads a group", run([25], group=8, kv_heads=1)

@@ -53,6 +53,38 @@ class Entries:
         return tokens % max(self.rest.shape[2], 1)
 
 
+@dataclass(frozen=True, slots=True)
+class Cursor:
+    """Say on the device what rows hold, where the host must not decide.
+
+    Args:
+        live: tokens of each row, int32 [B].
+        start: the first whole token when the row was shorter, int32 [B].
+        longest: the most tokens of a row.
+        most: whole tokens a row may have. block: how many become narrow at a time.
+    """
+
+    live: Tensor
+    start: Tensor
+    longest: int
+    most: int
+    block: int
+
+    @classmethod
+    def of(cls, entries: Entries) -> Cursor:
+        """Return the numbers of the entries as they are."""
+        assert entries.lengths is not None
+        longest = max(entries.live)
+        return cls(entries.lengths[0], entries.lengths[1], longest, longest, 1)
+
+    @property
+    def whole(self) -> Tensor:
+        """Return each row's first whole token now, int64 [B]."""
+        start = self.start.long()
+        excess = (self.live.long() - start - self.most).clamp_min(0)
+        return start + (excess + self.block - 1) // self.block * self.block
+
+
 def attend(
     query: Tensor, entries: Entries, scaling: float, dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, Tensor]:
@@ -64,8 +96,8 @@ def attend(
     Returns:
         [B, H, Q, Dv] in ``dtype``, and the natural log-sum-exps, float32 [B, H, Q].
     """
-    kernels = _kernels() if query.is_cuda and scaling > 0 else None
-    if kernels is not None and kernels.serves(query, entries):
+    kernels = kernels_for(query, entries, scaling)
+    if kernels is not None:
         found: tuple[Tensor, Tensor] = kernels.attend(query, entries, scaling, dtype)
         return found
     return reference_attend(query, entries, scaling, dtype)
@@ -96,6 +128,37 @@ def reference_attend(
     output = (scores - lse[..., None]).exp() @ entries.values[:, :, :live].float()
     shape = query.shape[:3]
     return output.reshape(*shape, output.shape[-1]).to(dtype), lse.reshape(shape)
+
+
+def fixed_attend(query: Tensor, entries: Entries, cursor: Cursor, scaling: float) -> Tensor:
+    """Attend with one query per row over all slots, masking what the cursor says is not there.
+
+    Args:
+        query: [B, H, 1, D].
+
+    Returns:
+        float32 [B, H, 1, Dv].
+    """
+    heads, kept = entries.order.shape[1], entries.keys.shape[-1]
+    grouped = query.unflatten(1, (heads, -1)).squeeze(3).float()  # [B, K, G, D]
+    grouped = grouped.gather(-1, entries.order[:, :, None].expand(grouped.shape))
+    token = torch.arange(entries.keys.shape[2], device=query.device)
+    seen = (token < cursor.live[:, None])[:, None, None]
+    whole = (token >= cursor.whole[:, None])[:, None, None]
+    # empty slots were never written, so that they may hold any number
+    rest = grouped[..., kept:] @ entries.rest.float().transpose(2, 3)
+    scores = grouped[..., :kept] @ entries.keys.float().transpose(2, 3)
+    scores = scores + rest[..., token % rest.shape[-1]].where(whole, 0.0)
+    scores = (scores * scaling).masked_fill(~seen, float("-inf"))
+    values = entries.values.float().where(seen.squeeze(2)[..., None], 0.0)
+    output = scores.softmax(dim=-1) @ values
+    return output.reshape(*query.shape[:3], values.shape[-1])
+
+
+def kernels_for(query: Tensor, entries: Entries, scaling: float) -> ModuleType | None:
+    """Return the module of the Triton kernels where they serve, on an NVIDIA GPU."""
+    kernels = _kernels() if query.is_cuda and scaling > 0 else None
+    return kernels if kernels is not None and kernels.serves(query, entries) else None
 
 
 @cache

@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kvdock.kernels.split_kv import merge_splits, multiprocessors, split_count
-from kvdock_think.attention import Entries
+from kvdock_think.attention import Cursor, Entries
 
 LARGEST_HEAD = {torch.bfloat16: 256, torch.float16: 256, torch.float32: 128}
 LOG2E = math.log2(math.e)
@@ -63,10 +63,14 @@ def attend(
     scaling: float,
     dtype: torch.dtype = torch.float32,
     *,
+    cursor: Cursor | None = None,
     tile: Tile | None = None,
     splits: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attend with queries [B, H, Q, D] over all entries of their rows, without a mask.
+
+    Args:
+        cursor: what the rows hold, where it is not what ``entries`` say.
 
     Returns:
         [B, H, Q, Dv] in ``dtype``, and the natural log-sum-exps, float32 [B, H, Q].
@@ -78,31 +82,33 @@ def attend(
     block = min(MOST_ROWS, max(16, triton.next_power_of_2(rows)))
     tile = tile or _default_tile(query, block)
     blocks = triton.cdiv(rows, block)
+    if cursor is None and not entries.even:
+        cursor = Cursor.of(entries)
     if splits is None:
         grid = batch * kv_heads * blocks
         count = multiprocessors(query.device)
-        splits = split_count(
-            grid, count, max(entries.live), tile=tile.tokens, resident=tile.resident
-        )
+        longest = entries.live[0] if cursor is None else cursor.longest
+        splits = split_count(grid, count, longest, tile=tile.tokens, resident=tile.resident)
     output = torch.empty(
         batch, kv_heads, splits, rows, value_dim, dtype=torch.float32, device=query.device
     )
     lse = torch.empty(batch, kv_heads, splits, rows, dtype=torch.float32, device=query.device)
-    ragged = not entries.even
+    lives, starts = (keys, keys) if cursor is None else (cursor.live, cursor.start)
     if query.stride(-1) != 1:
         query = query.contiguous()
     first, second = _parts(kept, masked=tile.masked)
     with torch.cuda.device_of(query):
         _attend[(splits, batch * kv_heads, blocks)](
             query, entries.order, keys, rest, values,
-            entries.lengths if ragged else keys, output, lse,
+            lives, starts, output, lse,
             *query.stride()[:3], keys.stride(1), rest.stride(1), values.stride(1),
-            batch, kv_heads, queries, rows, entries.live[0], entries.start[0],
+            kv_heads, queries, rows, entries.live[0] if cursor is None else cursor.most,
+            entries.start[0] if cursor is None else cursor.block,
             rest.shape[2], scaling * LOG2E,
             HEAD_DIM=head_dim, KEPT=kept, HELD=min(kept, first), FIRST=first, SECOND=second,
             REST=max(16, triton.next_power_of_2(head_dim - kept)),
             VALUE_DIM=value_dim, VALUE=max(16, triton.next_power_of_2(value_dim)),
-            ROWS=block, TOKENS=tile.tokens, RAGGED=ragged, UPCAST=_upcast(query),
+            ROWS=block, TOKENS=tile.tokens, RAGGED=cursor is not None, UPCAST=_upcast(query),
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
     if splits == 1:
@@ -191,23 +197,31 @@ def _walk(
     return top, total, mean
 
 
-@triton.jit(do_not_specialize=["live", "start", "queries", "rows", "batch"])
+@triton.jit(
+    do_not_specialize=["live", "start", "queries", "rows"],
+    do_not_specialize_on_alignment=["lives", "starts"],
+)
 def _attend(
-    q, order, keys, rest, values, lengths, output, lse,
+    q, order, keys, rest, values, lives, starts, output, lse,
     q_batch, q_head, q_row, keys_head, rest_head, values_head,
-    batch, kv_heads, queries, rows, live, start, ring, scale,
+    kv_heads, queries, rows, live, start, ring, scale,
     HEAD_DIM: tl.constexpr, KEPT: tl.constexpr,
     HELD: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr,
     REST: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE: tl.constexpr,
     ROWS: tl.constexpr, TOKENS: tl.constexpr, RAGGED: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Attend over one split of one key/value head's tokens."""
+    """Attend over one split of one key/value head's tokens.
+
+    Where the device knows what rows hold (RAGGED), ``live`` is the most whole tokens of a row and
+    ``start`` how many become narrow at a time.
+    """
     split, splits = tl.program_id(0), tl.num_programs(0)
     pair = tl.program_id(1).to(tl.int64)
     b, head = pair // kv_heads, pair % kv_heads
     if RAGGED:
-        live = tl.load(lengths + b)
-        start = tl.load(lengths + batch + b)
+        most, step = live, start
+        live, start = tl.load(lives + b), tl.load(starts + b)
+        start += tl.cdiv(tl.maximum(live - start - most, 0), step) * step
     m = tl.program_id(2) * ROWS + tl.arange(0, ROWS)
     inside = m < rows
     share = tl.cdiv(tl.cdiv(live, TOKENS), splits) * TOKENS

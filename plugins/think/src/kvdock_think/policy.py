@@ -21,6 +21,8 @@ class ThinKPolicy(ChannelPolicy):
     score s[k, i] = mean over window and group of q[·, i]² · mean over kept tokens of K[k, ·, i]²
     """
 
+    fixed_steps = True
+
     def __init__(self, options: ThinKOptions) -> None:
         self.options = options
         self.query_window = options.window

@@ -17,6 +17,7 @@ from torch import Tensor
 from kvdock.policy import AttentionParams
 from kvdock.storage import PolicyStorage, RowGroup
 from kvdock_think.attention import Entries, attend
+from kvdock_think.steps import ThinKSteps, append
 
 
 class ThinKStorage(PolicyStorage):
@@ -128,22 +129,15 @@ class ThinKStorage(PolicyStorage):
         """Append one whole token per row: slices when the rows are even, scatters otherwise."""
         self._reserve(capacity)
         held = self.held
-        kept, slots = held.keys.shape[-1], held.rest.shape[2]
-        turned = key.gather(3, held.order[:, :, None])
-        parts = [(held.keys, turned[..., :kept]), (held.values, value)]
         if held.even:
-            at = held.live[0]
-            for target, new in parts:
-                target[:, :, at] = new[:, :, 0]
-            held.rest[:, :, at % slots] = turned[:, :, 0, kept:]
+            kept, slots = held.keys.shape[-1], held.rest.shape[2]
+            turned, at = key.gather(3, held.order[:, :, None])[:, :, 0], held.live[0]
+            held.keys[:, :, at], held.values[:, :, at] = turned[..., :kept], value[:, :, 0]
+            held.rest[:, :, at % slots] = turned[..., kept:]
             if self.positions is not None and len(set(positions)) == 1:
                 self.positions[:, :, at] = positions[0]
         else:
-            slot = self._lengths[0].long()[:, None, None, None]
-            for target, new in parts:
-                target.scatter_(2, slot.expand_as(new), new)
-            rest = turned[..., kept:]
-            held.rest.scatter_(2, (slot % slots).expand_as(rest), rest)
+            append(held, key, value, self._lengths[0])
         if self.positions is not None and not (held.even and len(set(positions)) == 1):
             for row, position in enumerate(positions):
                 self.positions[row, :, held.live[row]] = position
@@ -153,6 +147,19 @@ class ThinKStorage(PolicyStorage):
             held.lengths = None
         elif held.lengths is not None:
             held.lengths[0] += 1
+
+    def freeze(self, capacity: int) -> ThinKSteps:
+        """Make room and return steps over the tensors as they are then."""
+        self._reserve(capacity)
+        return ThinKSteps(self.held, self.positions, self.recent, self.block)
+
+    def advance(self) -> None:
+        """Count a step of `freeze` on the host, by the arithmetic the device follows."""
+        held = self.held
+        held.live = [n + 1 for n in held.live]
+        for row in range(len(held.live)):
+            self._narrow(row)
+        held.lengths = None
 
     @property
     def _lengths(self) -> Tensor:
