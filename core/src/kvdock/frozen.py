@@ -133,6 +133,8 @@ class FrozenCache:
     def __init__(self, stores: Sequence[LayerStore], room: int) -> None:
         for store in stores:
             store.ledger.reserve(room)
+        self._cursors: Cursors | FormCursors
+        self._layers: Sequence[FrozenLayer | FrozenForm]
         self._cursors, self._layers = _frozen_forms(stores) or _frozen_slots(stores)
         counts = [store.ledger.room for store in stores]
         self.room = min((count for count in counts if count is not None), default=None)

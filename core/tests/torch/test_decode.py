@@ -3,6 +3,7 @@
 import copy
 import gc
 import logging
+import math
 import weakref
 
 import pytest
@@ -36,10 +37,6 @@ def frozen(monkeypatch):
     return rooms
 
 
-def in_form_of_its_own(method):
-    return bool(Case(method).kinds & {"quantisation", "channel-pruning"})
-
-
 def both(case, batch, frozen, **settings):
     """Return eager tokens, tokens of fixed shapes and both reports."""
     model, runs, reports = case.model(), [], []
@@ -69,30 +66,47 @@ def test_tokens_of_a_padded_batch(frozen, method, family):
     assert [layer.slots for layer in reports[0].layers] == [
         layer.slots for layer in reports[1].layers
     ]
-    assert (len(frozen) >= 1) != in_form_of_its_own(method)
-    if frozen and growth(method):
-        assert len(frozen) == 2, "24 tokens do not fit into room for 16"
+    assert len(frozen) == (2 if growth(method) else 1), "24 tokens do not fit into room for 16"
 
 
-@pytest.mark.parametrize("method", available())
-def test_three_hundred_tokens_of_one_row(frozen, method):
-    if in_form_of_its_own(method):
-        pytest.skip("its storage decides on the host, so it decodes eagerly")
-    batch = alone(left_padded(LENGTHS)[1][0])
-    eager, fixed, _ = both(Case(method), batch, frozen, max_new_tokens=300)
-    assert torch.equal(fixed, eager)
+FORMS = [
+    form
+    for form in ("snapkv+kivi", "snapkv+think", "think+kivi", "snapkv+think+kivi")
+    if set(form.split("+")) <= set(available())
+]
+
+
+@pytest.mark.parametrize(
+    ("method", "new"), [*((name, 300) for name in available()), *((form, 80) for form in FORMS)]
+)
+def test_long_answers_of_a_padded_batch_with_rows_that_stop(frozen, method, new, monkeypatch):
+    """Rooms are filled one after the other; rows that stopped go on with pads."""
+    monkeypatch.setattr(decode, "ROOM", 55)
+    case, (batch, _) = Case(method), left_padded(LENGTHS[::2])
+    wide = {"head_dim": 32} if case.kinds & {"quantisation", "channel-pruning"} else {}
+    model = tiny_model("llama", num_hidden_layers=2, num_key_value_heads=1, **wide)
+    runs = []
+    for graph in (False, "auto"):
+        with case.attach(model, graph=graph) as dock:
+            stopping = StoppingCriteriaList([Stop(LENGTHS[0], (7, 10**6))])
+            settings = {"max_new_tokens": new, "eos_token_id": 999}  # which no row ever says
+            runs.append(generate(model, batch, stopping_criteria=stopping, **settings))
+            report = dock.report()
+            runs.append([layer.logical_length for layer in report.layers])
+    assert torch.equal(runs[0], runs[2]) and runs[1] == runs[3]
+    assert runs[0].shape == (2, new) and not runs[0][0, 7:].any()
+    assert len(frozen) == (math.ceil((new - 1) / 55) if growth(method) else 1)
 
 
 class Stop(StoppingCriteria):
-    """Stop row 0 after 5 tokens, row 1 after 9, the rest never; note what was seen."""
+    """Stop every row after some tokens of its own; note what was seen."""
 
-    def __init__(self, start):
-        self.start, self.lengths = start, []
+    def __init__(self, start, after=(5, 9, 10**6)):
+        self.start, self.after, self.lengths = start, torch.tensor(after), []
 
     def __call__(self, input_ids, scores, **kwargs):
         self.lengths.append(input_ids.shape[1])
-        after = torch.tensor([5, 9, 10**6])
-        return torch.full((3,), input_ids.shape[1] - self.start) >= after
+        return input_ids.shape[1] - self.start >= self.after
 
 
 class Heard(BaseStreamer):

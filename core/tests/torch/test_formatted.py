@@ -214,9 +214,6 @@ def test_a_later_turn_reads_the_form_and_its_own_tokens_exactly(model, policies,
             dock.report()
             return result
 
-    class Everything(policies.Votes):
-        acts_on_later_turns = False
-
     dense = two_turns([policies.Counting()], first, more)
     assert two_turns([Form()], first, more) == dense
     assert two_turns([policies.Counting(), Form()], first, more) == dense
@@ -243,6 +240,16 @@ def test_an_inactive_policy_leaves_the_dense_path(model, batch, generate):
     with kvdock.attach(model, [Channels(active=False)]) as dock:
         assert generate(model, batch) == plain
         assert dock.plan.storage_policy is None
+
+
+def test_steps_of_fixed_shape_are_the_forms_to_offer(model, row, monkeypatch):
+    monkeypatch.setenv("KVDOCK_FROZEN", "1")
+    form = Form()
+    with kvdock.attach(model, [form]) as dock:
+        assert dock.plan.decode is None
+    form.fixed_steps = True
+    with kvdock.attach(model, [form]), pytest.raises(NotImplementedError, match=r"freeze\(\)"):
+        model.generate(**row, max_new_tokens=4)
 
 
 def test_beams_reorder_the_form(model, batch, generate):

@@ -167,9 +167,7 @@ def append_token(
         )  # fmt: skip
 
 
-def flush_keys(
-    cache: Packed, geometry: Geometry, lengths: Tensor, channels: Tensor | None
-) -> None:
+def flush_keys(cache: Packed, geometry: Geometry, lengths: Tensor, channels: Tensor | None) -> None:
     """Pack the last window of keys in the rows whose ``lengths``, int32 [B], complete one."""
     batch, kv_heads, rest, dim = cache.key_rest.shape
     if rest < geometry.residual:

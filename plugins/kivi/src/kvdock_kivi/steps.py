@@ -109,9 +109,7 @@ def _write_value(cache: Packed, geometry: Geometry, values: Tensor, tokens: Tens
         flat.scatter_(2, side, torch.where(leaves, new[:, :, 0], flat.gather(2, side)))
 
 
-def flush_keys(
-    cache: Packed, geometry: Geometry, lengths: Tensor, channels: Tensor | None
-) -> None:
+def flush_keys(cache: Packed, geometry: Geometry, lengths: Tensor, channels: Tensor | None) -> None:
     """Pack the last window of keys in the rows whose ``lengths``, int32 [B], complete one."""
     if not cache.key_codes.shape[2]:
         return

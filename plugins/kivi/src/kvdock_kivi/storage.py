@@ -131,9 +131,7 @@ class KiviStorage(PolicyStorage):
         """Make room and return steps over the packed tensors as they are then."""
         self._flush()
         self._reserve(capacity)
-        return KiviSteps(
-            self.cache, self.geometry, self.channels, self._positions, self._capacity
-        )
+        return KiviSteps(self.cache, self.geometry, self.channels, self._positions, self._capacity)
 
     def advance(self) -> None:
         """Count a step of `freeze` on the host; it packed what had to be packed."""
