@@ -15,9 +15,10 @@ import torch
 
 from kvdock.kernels.blocks import BlockGrid, mask_from_lists
 from kvdock.policy import AttentionParams
-from kvdock_flexprefill import launch
+from kvdock_flexprefill import compat, launch
 from kvdock_flexprefill.options import FlexPrefillOptions
-from kvdock_flexprefill.reference import find_pattern, select_reference
+from kvdock_flexprefill.reference import find_pattern, published_count, select_reference
+from kvdock_flexprefill.stages import Problem
 
 DEVICE = "cpu" if "--interpret" in sys.argv else "cuda"
 
@@ -73,6 +74,42 @@ def runs():
     yield "most", apart(*draw(9, **{**float32, "q": 120, "n": 120}), tau=0.0, max_budget=32)
     query, key = draw(10, **{**float32, "q": 70, "n": 70})
     yield "equal keys", apart(query, torch.full_like(key, 0.5), tau=1.0, gamma=0.45)
+    compat = {"mode": "compat", "gamma": 0.6}
+    half = {**small, "rows": 2, "q": 50, "n": 50, "head_dim": 24, "dtype": torch.float16}
+    yield "compat, two rows, D=24", apart(*draw(11, **half), tau=0.1, **compat)
+    chunk = cases["chunk inside blocks"]
+    yield "compat, chunk inside blocks", apart(*draw(12, **chunk), tau=1.0, **compat)
+    short = cases["chunk shorter than a block"]
+    yield "compat, chunk shorter than a block", apart(*draw(13, **short), tau=1.0, **compat)
+    long = {**float32, "q": 417, "n": 450}
+    yield "compat, hundreds of tokens", apart(*draw(14, **long), tau=0.0, **compat)
+    wide = {**compat, "block": 64, "min_budget": 64, "max_budget": 128}
+    yield "compat, offsets in three parts", apart(*draw(15, **long), tau=0.15, **wide)
+    equal = apart(query, torch.full_like(key, 0.5), tau=1.0, **{**compat, "gamma": 0.45})
+    yield "compat, equal keys", equal
+    yield "compat, counts", counts()
+
+
+def counts():
+    """Count, with ties, where the share is met just so, and what never reaches it."""
+    tables = (
+        [0.5, 0.3, 0.15, 0.05], [0.5, 0.25, 0.15, 0.1], [0.125] * 8, [0.0, 0.75, 0.0, 0.125],
+        [0.25, 0.0625, 0.25, 0.0625, 0.25, 0.125],
+    )  # fmt: skip
+    parts = torch.zeros(3, len(tables), 2, 16, device=DEVICE)
+    for pair, table in enumerate(tables):
+        parts[0, pair, 0, : len(table)] = parts[1, pair, 1, : len(table)] = torch.tensor(table)
+    mass, apart, seen = parts[:2].clone(), 0, 0
+    states = torch.zeros(1, len(tables), 32, 16, device=DEVICE)
+    for gamma in (0.5, 0.75, 0.8, 0.875):
+        options = FlexPrefillOptions(block=16, gamma=gamma)
+        sums, found = compat.count(Problem(states, states, 1.0, options), parts)
+        wanted = published_count(mass.flatten(2), gamma)
+        apart += int((found != wanted).sum() + (sums != mass.sum(-1)).sum())
+        seen += int(wanted.sum())
+    return {"blocks": apart, "listed": seen, "aware": 0, "heads": 0} | {
+        "ascending": True, "permutation": True,
+    }  # fmt: skip
 
 
 print(json.dumps(dict(runs())))

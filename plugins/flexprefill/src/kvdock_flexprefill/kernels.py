@@ -136,7 +136,7 @@ def covering(mass, order, inside, gamma, least, most, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def _entropy(p):
+def entropy(p):
     """Return p·ln p, zero at zero."""
     return tl.where(p > 0, p * tl.log(tl.where(p > 0, p, 1.0)), 0.0)
 
@@ -189,7 +189,7 @@ def decide(
         pooled = tl.load(mean + pair * blocks + j, mask=inside, other=float("-inf"))
         pooled = tl.exp(pooled - tl.max(pooled, 0))
         pooled = pooled / tl.sum(pooled, 0)
-        apart = _entropy(pooled) + _entropy(vertical) - 2.0 * _entropy((pooled + vertical) * 0.5)
+        apart = entropy(pooled) + entropy(vertical) - 2.0 * entropy((pooled + vertical) * 0.5)
         trusted = tl.sqrt(tl.maximum(tl.sum(apart, 0) * 0.5, 0.0)) < tau
         tl.store(aware + pair, trusted.to(tl.int8))
         most = tl.where(trusted, least, most)

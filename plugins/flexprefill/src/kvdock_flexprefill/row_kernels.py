@@ -100,6 +100,16 @@ def row_logits(
             tl.store(place, scores, mask=seen)
 
 
+@triton.jit
+def write_list(kept, index, count, line, blocks, j):
+    """Write one line's list: the blocks kept, then the others."""
+    before = tl.cumsum(kept.to(tl.int32), 0)
+    total = tl.sum(kept.to(tl.int32), 0)
+    place = tl.where(kept, before - 1, total + j - before)
+    tl.store(index + line * blocks + place, j, mask=j < blocks)
+    tl.store(count + line, total)
+
+
 @triton.jit(do_not_specialize=LENGTHS[2:])
 def emit(
     chosen, aware, logits, count, index,
@@ -126,8 +136,4 @@ def emit(
             share = tl.exp2(scores - tl.max(scores, 0))
             share = share / tl.sum(share, 0)
             kept = kept | covering(share, share, causal, gamma, 1, WIDTH, WIDTH)
-    before = tl.cumsum(kept.to(tl.int32), 0)
-    total = tl.sum(kept.to(tl.int32), 0)
-    place = tl.where(kept, before - 1, total + j - before)
-    tl.store(index + row + place, j, mask=j < blocks)
-    tl.store(count + pair * block_rows + m, total)
+    write_list(kept, index, count, pair * block_rows + m, blocks, j)

@@ -35,7 +35,7 @@ def select(
     if options.gamma >= 1:
         grid = BlockGrid(query.shape[2], key.shape[2], options.block)
         return all_blocks(grid, query.shape[0], query.shape[1], query.device)
-    kernels = _kernels() if query.is_cuda and options.mode == "exact" else None
+    kernels = _kernels() if query.is_cuda else None
     if kernels is not None and params.scaling > 0 and kernels.serves(query, key, options):
         lists: BlockLists = kernels.select(query, key, params.scaling, options)
         return lists
