@@ -13,7 +13,7 @@ from . import oracle
 
 NAME = "xattention_oracle"
 FAMILIES = ["llama", "mistral", "qwen2", "glm4"]
-OPTIONS = {"stride": 8, "threshold": 0.6, "block": 32, "dense_below": 100}
+OPTIONS = {"stride": 8, "threshold": 0.6, "mode": "exact", "block": 32, "dense_below": 100}
 
 
 class MaskOracle:
@@ -130,9 +130,8 @@ def test_snapkv_compresses_what_sparse_attention_computed(mode):
     model = tiny_model("llama")
     batch, _ = left_padded((190, 133))
     options = {f"xattention.{name}": value for name, value in OPTIONS.items()}
-    with kvdock.attach(
-        model, "xattention+snapkv", budget=64, **options, **{"xattention.mode": mode}
-    ) as dock:
+    options["xattention.mode"] = mode
+    with kvdock.attach(model, "xattention+snapkv", budget=64, **options) as dock:
         logits, _ = generate(model, batch, 4)
         report = dock.report()
         assert dock.kept_positions(0).shape[-1] == 64 + 3

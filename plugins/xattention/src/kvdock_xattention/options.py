@@ -25,8 +25,8 @@ class XAttentionOptions(Options):
         help="share of the estimated attention to keep; 1 attends densely",
     )
     mode: str = option(
-        "exact",
-        choices=("exact", "compat"),
+        "compat",
+        choices=("compat", "exact"),
         help="compat keeps what the authors' code keeps, one block more in its first score chunk",
     )
     block: int = option(
