@@ -72,7 +72,8 @@ def planted(length: int, sharpness: float, seed: int = 0) -> tuple[Tensor, Tenso
     value = noise(KV_HEADS, length, HEAD_DIM)
     mean = query[:, :, length // 2 :].mean((1, 2))
     mean = mean / mean.norm(dim=-1, keepdim=True)
-    heavy = torch.randint(0, HEAVY_EVERY, (length // HEAVY_EVERY,), device=DEVICE)
+    count = (length // HEAVY_EVERY,)
+    heavy = torch.randint(0, HEAVY_EVERY, count, device=DEVICE, generator=generator)
     heavy += HEAVY_EVERY * torch.arange(length // HEAVY_EVERY, device=DEVICE)
     key[:, heavy] += 8.0 * mean[:, None]
     key[:, 0] += 16.0 * mean

@@ -15,7 +15,7 @@ from typing import Any
 
 from measure import environment
 
-SECTIONS = ("check", "attention", "variants", "selection", "crossover", "ttft")
+SECTIONS = ("check", "attention", "variants", "lists", "selection", "crossover", "ttft")
 
 
 def main() -> None:
@@ -41,7 +41,7 @@ def _section(name: str, args: argparse.Namespace) -> tuple[list[dict[str, Any]],
         import sparse_kernels
 
         return sparse_kernels.run(name, args)
-    if name in ("selection", "crossover"):
+    if name in ("lists", "selection", "crossover"):
         import sparse_selection
 
         return sparse_selection.run(name, args)
@@ -58,7 +58,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--methods", nargs="+", default=["flexprefill", "xattention"])
     parser.add_argument("--backends", nargs="+", help="sparse backends to run; all by default")
     parser.add_argument("--layers", type=int, default=32, help="layers of the whole model")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument(
+        "--repeats", type=int, default=3, help="timed runs, the median of which counts"
+    )
     parser.add_argument("--out")
     return parser.parse_args()
 

@@ -11,6 +11,7 @@ import importlib
 import statistics
 from collections.abc import Callable, Iterable
 from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
@@ -25,40 +26,72 @@ from kvdock.kernels.sparse import SparseBackend
 Select = Callable[[Tensor, Tensor], BlockLists]
 Layer = tuple[Tensor, Tensor, Tensor]
 SETTINGS: dict[str, list[dict[str, Any]]] = {
-    "flexprefill": [{"gamma": 0.95}, {"gamma": 0.9}],
-    "xattention": [{"stride": 8}, {"stride": 16}],
+    "flexprefill": [
+        {"mode": mode, "gamma": gamma} for gamma in (0.95, 0.9) for mode in ("compat", "exact")
+    ],
+    "xattention": [
+        {"mode": mode, "stride": stride} for stride in (8, 16) for mode in ("compat", "exact")
+    ],
 }
+"""The settings measured; of these the first, or the first two, where time is short."""
 PLACES = {
     "flexprefill": ("kvdock_flexprefill.selection", "kvdock_flexprefill.options"),
     "xattention": ("kvdock_xattention.select", "kvdock_xattention.options"),
 }
 SAMPLED_QUERIES = 256
-CROSSOVER = (1024, 2048, 4096, 8192, 16_384, 32_768)
+CROSSOVER = (4096, 8192, 16_384, 32_768)
+CHECKED = (4096, 4097)
+LONG_MS = 30.0
+"""Calls that take longer are timed once at a time: their times scatter little."""
 
 
 def run(section: str, args: argparse.Namespace) -> tuple[Rows, str]:
-    """Run the section selection or crossover."""
-    rows = list({"selection": selection, "crossover": crossover}[section](args))
+    """Run the section lists, selection or crossover."""
+    make = {"lists": lists, "selection": selection, "crossover": crossover}[section]
+    rows = list(make(args))
     return rows, table(rows)
 
 
 def selectors(
-    args: argparse.Namespace, *, first_only: bool = False
+    args: argparse.Namespace, *, first: int | None = None, name: str = "select", **changes: Any
 ) -> Iterable[tuple[str, Select]]:
-    """Yield the installed selectors with their settings."""
+    """Yield the installed selectors, or their references, with the ``first`` of their settings."""
     for method in args.methods:
         module, options = PLACES[method]
         try:
-            select = importlib.import_module(module).select
+            select = getattr(importlib.import_module(module), name)
             records = vars(importlib.import_module(options))
         except ImportError as failure:
             print(f"{method}: not installed: {failure}", flush=True)
             continue
-        kind = next(value for name, value in records.items() if name.lower() == f"{method}options")
-        for setting in SETTINGS[method][: 1 if first_only else None]:
-            made = kind(**setting)
+        kind = next(value for key, value in records.items() if key.lower() == f"{method}options")
+        known = {key: value for key, value in changes.items() if hasattr(kind(), key)}
+        for setting in SETTINGS[method][:first]:
+            made = kind(**setting, **known)
             label = " ".join([method, *(f"{key}={value}" for key, value in setting.items())])
             yield label, partial(select, params=PARAMS, options=made)
+
+
+@torch.no_grad()
+def lists(args: argparse.Namespace) -> Iterable[dict[str, Any]]:
+    """Compare the kernels' lists with plain torch; equal values may fall either way."""
+    for length, (data, sharpness) in product(CHECKED, SHARPNESS.items()):
+        query, key, _ = planted(length, sharpness)
+        pairs = zip(
+            selectors(args, min_budget=128),
+            selectors(args, name="select_reference", min_budget=128),
+            strict=True,
+        )
+        for (label, select), (_, reference) in pairs:
+            blocks = BlockGrid(length, length).key_blocks
+            found, wanted = (
+                mask_from_lists(run(query, key), blocks) for run in (select, reference)
+            )
+            differ, listed = int((found ^ wanted).sum()), int(wanted.sum())
+            yield said(
+                {"what": label, "tokens": length, "data": data, "listed": listed,
+                 "differ": differ, "share": round(differ / listed, 6)}
+            )  # fmt: skip
 
 
 @torch.no_grad()
@@ -72,10 +105,11 @@ def selection(args: argparse.Namespace) -> Iterable[dict[str, Any]]:
             for name, call in dense.items():
                 yield said({"what": name, "tokens": length, "data": data, "total_ms": timed(call)})
             exact = next(iter(dense.values()))().float()
-            for label, select in selectors(args):
+            for number, (label, select) in enumerate(selectors(args)):
                 row: dict[str, Any] = {"what": label, "tokens": length, "data": data}
+                some = kernels if number % 4 == 0 else dict([*kernels.items()][:1])
                 try:
-                    row |= measured(select, kernels, layer, exact)
+                    row |= measured(select, some, layer, exact)
                 except Exception as failure:
                     row["error"] = f"{type(failure).__name__}: {failure}"[:160]
                 yield said(row)
@@ -101,14 +135,14 @@ def measured(
 
 @torch.no_grad()
 def crossover(args: argparse.Namespace) -> Iterable[dict[str, Any]]:
-    """Time whole attention, dense and sparse, from 1K to 32K tokens on planted data."""
+    """Time whole attention, dense and sparse, from 4K to 32K tokens on planted data."""
     kernels = fast_kernels(args)
     for length in CROSSOVER:
         for data, sharpness in SHARPNESS.items():
             layer = planted(length, sharpness)
             row: dict[str, Any] = {"tokens": length, "data": data}
             row |= {name: timed(call) for name, call in dense_calls(*layer)}
-            for label, select in selectors(args, first_only=True):
+            for label, select in selectors(args, first=2):
                 for name, kernel in kernels.items():
                     try:
                         found: float | str = timed(partial(attend_selected, select, kernel, layer))
@@ -149,7 +183,9 @@ def covered(query: Tensor, key: Tensor, lists: BlockLists) -> float:
 
 def timed(call: Callable[[], Any]) -> float:
     """Return the median milliseconds of a call."""
-    times = [milliseconds(call, repeats=3, warm_up=1) for _ in range(3)]
+    call()
+    repeats = 1 if milliseconds(call, repeats=1, warm_up=0) > LONG_MS else 5
+    times = [milliseconds(call, repeats=repeats, warm_up=0) for _ in range(3)]
     return round(statistics.median(times), 3)
 
 
