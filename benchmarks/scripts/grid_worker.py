@@ -19,6 +19,7 @@ from kvdock.errors import KVDockError
 from kvdock_bench import metadata, models
 from kvdock_bench.batches import Item
 from kvdock_bench.config import BenchConfig, override
+from kvdock_bench.jobs import whole_jobs
 from kvdock_bench.methods import MethodConfig
 from kvdock_bench.plan import Plan, run_identity
 from kvdock_bench.prompting import Prompter
@@ -116,7 +117,6 @@ def work(setup: Setup, pipe: Connection) -> None:
         "data": load_data(setup.config.data),
         "attach": kvdock.attach,
         "device": metadata.device_name(loaded.model.device),
-        "error_log": setup.folder / "errors.log",
     }
     tasks = list(setup.config.tasks)
     common["identity"] = run_identity(
@@ -142,7 +142,9 @@ def _run(job: Job, setup: Setup, common: dict[str, Any], prompts: Prompts) -> Do
     runner = _runner(job.length, (job.method,), setup, common, prompts, str(job.number))
     _read_prompts(runner.run.plan.config, setup.folder, prompts)
     try:
-        runner()
+        for part in whole_jobs(runner.run.plan, lambda _: list(range(setup.config.num_samples))):
+            for _ in runner.steps(part):
+                pass
     except KVDockError as refusal:
         error = f"{type(refusal).__name__}: {refusal}"
     return Done(job.number, time.perf_counter() - started, runner.notes.texts, error)
@@ -158,4 +160,4 @@ def _runner(
 ) -> _SharingRunner:
     plan = Plan(override(setup.config, length=[length]), methods)
     store = RecordStore(setup.folder / place)
-    return _SharingRunner(Run(plan=plan, store=store, **common), prompts)
+    return _SharingRunner(Run(plan=plan, sink=store, **common), prompts)

@@ -42,7 +42,7 @@ def describe(script: str, methods: list[str], device: torch.device) -> dict[str,
         "command": " ".join(["python", f"benchmarks/scripts/{script}", *shown]),
         "commit": os.environ.get("KVDOCK_COMMIT") or (git["sha"] if git else None),
         "software": describe_software(ids),
-        "hardware": describe_hardware(device),
+        "hardware": describe_hardware([device]),
         "variables": environment(),
     }
 

@@ -13,6 +13,11 @@ class Arguments:
     model_path: str = "smollm2-135m"
     cfg_path: str = "RULER"
     device: tuple[str, ...] = ()
+    gp_num: str | None = None
+    parallel: str = "map"
+    workers: int | None = None
+    ray_address: str | None = None
+    launcher: str | None = None
     torch_dtype: str | None = None
     acceleration: tuple[str, ...] = ()
     batch_size: str | None = None
@@ -30,4 +35,6 @@ class Arguments:
     max_model_len: int | None = None
     gpu_memory_utilization: float | None = None
     output_dir: Path = Path("runs")
+    adapter_path: str | None = None
+    time_limit: float | None = None
     command: tuple[str, ...] = ()

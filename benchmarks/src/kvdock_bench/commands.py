@@ -14,10 +14,6 @@ from kvdock_bench.arguments import Arguments
 from kvdock_bench.errors import BenchError
 
 _SEVERAL = ("--acceleration", "--budget", "--device", "--server", "--set")
-_RESERVED = {
-    "--gp_num": "spreading a run over several GPUs",
-    "--adapter_path": "running with a PEFT adapter",
-}
 
 
 class _SeveralValues(TyperCommand):
@@ -63,7 +59,28 @@ def bench(
     settings: Annotated[
         Names, typer.Option("--set", help="method.option=value; see `kvdock show METHOD`.")
     ] = None,
-    device: Annotated[Names, typer.Option("--device", help="cpu, or the index of a GPU.")] = None,
+    device: Annotated[
+        Names, typer.Option("--device", help="cpu, or the indices of GPUs; several.")
+    ] = None,
+    gp_num: Annotated[
+        str | None, typer.Option("--gp_num", help="GPUs per model (2), or models per GPU (1/2).")
+    ] = None,
+    parallel: Annotated[
+        str,
+        typer.Option("--parallel", help="How GPUs share a model: map (by layers) or tp (tensor)."),
+    ] = "map",
+    workers: Annotated[
+        int | None,
+        typer.Option("--workers", help="Models at once, on CPU or in a cluster."),
+    ] = None,
+    ray_address: Annotated[
+        str | None,
+        typer.Option("--ray-address", "--ray_address", help="A Ray cluster: host:port, or auto."),
+    ] = None,
+    launcher: Annotated[
+        str | None,
+        typer.Option("--launcher", help="ray or processes; ray where it is installed."),
+    ] = None,
     torch_dtype: Annotated[
         str | None, typer.Option("--torch_dtype", help="float32, float16 or bfloat16.")
     ] = None,
@@ -108,17 +125,27 @@ def bench(
         float | None,
         typer.Option("--gpu_memory_utilization", min=0.01, max=1, help="vLLM's share of memory."),
     ] = None,
-    gp_num: Annotated[str | None, typer.Option("--gp_num", hidden=True)] = None,
-    adapter_path: Annotated[str | None, typer.Option("--adapter_path", hidden=True)] = None,
+    adapter_path: Annotated[
+        str | None, typer.Option("--adapter_path", help="The folder of a PEFT adapter.")
+    ] = None,
+    time_limit: Annotated[
+        float | None, typer.Option("--time_limit", help="Seconds that one answer may take.")
+    ] = None,
 ) -> None:
     """Measure accuracy, time and memory of methods against the full cache."""
-    _refuse_reserved({"--gp_num": gp_num, "--adapter_path": adapter_path})
     from kvdock_bench.session import bench as run_bench
 
     arguments = Arguments(
         model_path=model_path,
         cfg_path=cfg_path,
         device=tuple(device or ()),
+        gp_num=gp_num,
+        parallel=parallel,
+        workers=workers,
+        ray_address=ray_address,
+        launcher=launcher,
+        adapter_path=adapter_path,
+        time_limit=time_limit,
         torch_dtype=torch_dtype,
         acceleration=tuple(acceleration or ()),
         batch_size=batch_size,
@@ -189,9 +216,3 @@ def kvdock_commands(app: Any) -> None:
     """Add `bench` and `report` to the command line."""
     app.command("bench", cls=_SeveralValues)(bench)
     app.command("report")(report)
-
-
-def _refuse_reserved(given: dict[str, str | None]) -> None:
-    for flag, value in given.items():
-        if value is not None:
-            raise BenchError(f"{flag}: {_RESERVED[flag]} is not available in this version.")

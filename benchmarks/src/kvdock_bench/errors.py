@@ -10,6 +10,10 @@ class BenchError(KVDockError):
     """Tell the user which file, key and value is wrong and what to write instead."""
 
 
+class WorkerLost(BenchError):
+    """Say that a process cannot go on computing and has to be replaced."""
+
+
 def did_you_mean(wrong: str, allowed: Iterable[str]) -> str:
     """Return a hint that names the nearest allowed spelling and lists all of them."""
     names = list(allowed)

@@ -81,16 +81,16 @@ class _FirstToken(StoppingCriteria):
 class _Watch:
     """The marks of one `generate` call; the device is idle at each."""
 
-    def __init__(self, device: torch.device, held_bytes: Callable[[], int]) -> None:
+    def __init__(self, devices: Sequence[torch.device], held_bytes: Callable[[], int]) -> None:
         self.steps = self.held = 0
         self.held_bytes = held_bytes
-        self._device = device
+        self._devices = devices
         self.start = self.prefill_end = self.first_token = self.now()
 
     def now(self) -> float:
-        """Wait for the device and return the time."""
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
+        """Wait for the devices and return the time."""
+        for device in self._devices:
+            torch.cuda.synchronize(device)
         return time.perf_counter()
 
     def timings(self, rows: int) -> Timings:
@@ -107,14 +107,23 @@ class _Watch:
 
 
 class Generator:
-    """Run one loaded model; the same code measures the full cache and every method."""
+    """Run one loaded model; the same code measures the full cache and every method.
 
-    def __init__(self, model: Any, tokenizer: Any, shape: KVShape, item_bytes: int) -> None:
+    Args:
+        shards: processes that hold a part of every layer, and so of every cache.
+    """
+
+    def __init__(
+        self, model: Any, tokenizer: Any, shape: KVShape, item_bytes: int, *, shards: int = 1
+    ) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self._shape = shape
         self._item_bytes = item_bytes
         self._device: torch.device = model.device
+        self._shards = shards
+        found = {weight.device for weight in model.parameters()}
+        self._gpus = sorted((gpu for gpu in found if gpu.type == "cuda"), key=str)
 
     def run(
         self,
@@ -145,7 +154,7 @@ class Generator:
             extra |= {"stop_strings": list(settings.stop), "tokenizer": self.tokenizer}
         torch.manual_seed(settings.seed)
         self._reset_peak()
-        watch = _Watch(self._device, lambda: 0 if cache is None else cache_bytes(cache))
+        watch = _Watch(self._gpus, lambda: 0 if cache is None else cache_bytes(cache))
         held = None
         if any(tails):
             width = ids.shape[1] - max(tails)
@@ -166,6 +175,7 @@ class Generator:
         peak = self._peak()
         if held is None:
             held = watch.held if dock is None else dock.report().bytes_after_prefill
+        held *= self._shards
         return [
             self._answer(row, head, settings, timings, peak, held / len(prompts))
             for row, head in zip(output[:, ids.shape[1] :].tolist(), heads, strict=True)
@@ -194,10 +204,11 @@ class Generator:
         width = len(prompt) - tail
         cache = DynamicCache(config=self.model.config) if dock is None else dock.new_cache()
         self._reset_peak()
-        watch = _Watch(self._device, lambda: 0)
+        watch = _Watch(self._gpus, lambda: 0)
         self._read(ids[:, :width], mask[:, :width], cache)
         watch.prefill_end = watch.first_token = watch.now()
         held = cache_bytes(cache) if dock is None else dock.report().bytes_held
+        held *= self._shards
         logits = self.model(
             input_ids=ids[:, width:-1], attention_mask=mask[:, :-1], past_key_values=cache
         ).logits[0]
@@ -268,13 +279,14 @@ class Generator:
         return torch.tensor(ids, device=self._device), torch.tensor(mask, device=self._device)
 
     def _reset_peak(self) -> None:
-        if self._device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self._device)
+        for gpu in self._gpus:
+            torch.cuda.reset_peak_memory_stats(gpu)
 
     def _peak(self) -> int | None:
-        if self._device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self._device)
-        return None
+        if not self._gpus:
+            return None
+        # every process of a split model allocates about the same
+        return self._shards * sum(map(torch.cuda.max_memory_allocated, self._gpus))
 
 
 def cache_bytes(cache: DynamicCache) -> int:

@@ -6,6 +6,7 @@ import os
 import platform
 import subprocess
 import time
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,7 @@ def describe_model(loaded: Loaded, place: str) -> dict[str, Any]:
         "attention": loaded.model.config._attn_implementation,
         "files": file_hashes(folder) if folder.is_dir() else {},
         "chat_template": short_hash(template) if template else None,
+        "adapter": loaded.adapter,
     }
 
 
@@ -60,15 +62,22 @@ def describe_software(methods: list[str]) -> dict[str, str]:
     return found
 
 
-def describe_hardware(device: Any) -> dict[str, Any]:
-    """Return processor, memory, and the GPU if the run uses one."""
+def describe_hardware(devices: Sequence[Any], shards: int = 1) -> dict[str, Any]:
+    """Return processor, memory, and the GPUs that one model runs on.
+
+    Args:
+        devices: the torch devices of this process's weights.
+        shards: processes that hold a part of every layer, each on a device of this kind.
+    """
     import torch
 
     memory = None
-    if device.type == "cuda":
-        memory = torch.cuda.get_device_properties(device).total_memory
+    if devices[0].type == "cuda":
+        memory = torch.cuda.get_device_properties(devices[0]).total_memory
+    count = len(devices) * shards
+    name = device_name(devices[0])
     return {
-        "device": device_name(device),
+        "device": f"{count} × {name}" if count > 1 else name,
         "device_memory": memory,
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),

@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kvdock_bench.adapter import merge_adapter
 from kvdock_bench.context import context_of
 from kvdock_bench.convert import convert_gguf, quiet_transformers, set_pad_token
 from kvdock_bench.errors import BenchError
 from kvdock_bench.fetch import SMOLLM2, prepare
-from kvdock_bench.fingerprint import fingerprint
+from kvdock_bench.fingerprint import fingerprint, short_hash
+from kvdock_bench.placement import Place, parse_placement
 from kvdock_bench.shape import KVShape, kv_shape
 
 EMBEDDED = {"smollm2-135m": (SMOLLM2, KVShape(30, 3, 64, 64))}
@@ -23,7 +25,12 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """A model ready to run, and what a record must say about it."""
+    """A model ready to run, and what a record must say about it.
+
+    Args:
+        shards: processes that each hold a part of every layer.
+        adapter: the name of the adapter merged into the weights.
+    """
 
     name: str
     model: Any
@@ -31,6 +38,15 @@ class Loaded:
     fingerprint: str
     shape: KVShape
     dtype: str
+    shards: int = 1
+    adapter: str | None = None
+
+    @property
+    def devices(self) -> list[Any]:
+        """Return the torch devices of this process that hold weights, the first layers' first."""
+        if isinstance(self.model, Weightless):
+            return [self.model.device]
+        return list(dict.fromkeys(weight.device for weight in self.model.parameters()))
 
     @property
     def item_bytes(self) -> int:
@@ -58,25 +74,13 @@ def parse_dtype(text: str | None, device: str) -> str:
 
 
 def parse_device(devices: list[str] | None) -> str:
-    """Return "cpu" or "cuda:N" for the --device values; no value takes the first GPU, else cpu."""
+    """Return "cpu" or "cuda:N" for one --device value; no value takes the first GPU, else cpu."""
     import torch
 
-    names = [device.removeprefix("cuda:") for device in devices or []]
-    if len(names) > 1:
-        raise BenchError(
-            f"--device names {len(names)} devices ({' '.join(names)}); more than one is not "
-            "available in this version. Name one: --device 0"
-        )
-    count = torch.cuda.device_count()
-    if not names:
-        return "cuda:0" if count else "cpu"
-    if names[0] == "cpu":
-        return "cpu"
-    if not names[0].isdecimal():
-        raise BenchError(f"--device is {names[0]!r}, expected cpu or the index of a GPU.")
-    if int(names[0]) >= count:
-        raise BenchError(f"--device {names[0]}: torch sees {count} GPUs. Name one of them, or cpu.")
-    return f"cuda:{int(names[0])}"
+    placement = parse_placement(devices or [], visible=torch.cuda.device_count())
+    if placement.several_processes:
+        raise BenchError(f"--device {' '.join(devices or [])}: this program takes one device.")
+    return placement.devices(0)[0]
 
 
 def locate(model_path: str) -> str:
@@ -110,27 +114,41 @@ def peek_context(model_path: str) -> int | None:
     return context_of(_peek_config(model_path))
 
 
-def load(model_path: str, *, dtype: str, device: str) -> Loaded:
-    """Load model and tokenizer; safetensors only, never code from the model's folder."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+def load(
+    model_path: str, *, dtype: str, device: str | Place, adapter_path: str | None = None
+) -> Loaded:
+    """Load model and tokenizer; safetensors only, never code from the model's folder.
 
-    place = locate(model_path)
+    Args:
+        adapter_path: a PEFT adapter that is merged into the weights.
+    """
+    from transformers import AutoTokenizer
+
+    from kvdock_bench.loading import load_weights
+
+    place = Place((device,)) if isinstance(device, str) else device
+    source = locate(model_path)
     try:
         with quiet_transformers():
-            tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
-            model = AutoModelForCausalLM.from_pretrained(
-                place,
-                dtype=getattr(torch, dtype),
-                use_safetensors=True,
-                trust_remote_code=False,
-            )
+            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+            model = load_weights(source, dtype, place)
     except (OSError, ValueError) as error:
         raise _unusable(model_path, error) from error
     set_pad_token(tokenizer)
-    model.eval().to(device)
-    mark = fingerprint(place, model.config, dtype)
-    return Loaded(short_name(model_path), model, tokenizer, mark, kv_shape(model.config), dtype)
+    mark = fingerprint(source, model.config, dtype)
+    if adapter_path is not None:
+        model, adapter = merge_adapter(model, adapter_path)
+        mark = short_hash({"base": mark, "adapter": adapter})
+    return Loaded(
+        name=short_name(model_path),
+        model=model.eval(),
+        tokenizer=tokenizer,
+        fingerprint=mark,
+        shape=kv_shape(model.config),
+        dtype=dtype,
+        shards=place.ranks,
+        adapter=None if adapter_path is None else short_name(adapter_path),
+    )
 
 
 @dataclass(frozen=True, slots=True)

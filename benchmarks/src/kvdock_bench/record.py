@@ -31,7 +31,7 @@ class Timings:
 
 @dataclass(frozen=True, slots=True)
 class MemoryUse:
-    """Bytes per row; the peak is the device's and None on CPU, where nothing measures it.
+    """Bytes per row; the peak is that of all the model's GPUs, None on CPU, which measures none.
 
     Args:
         kv_bytes: keys and values held after prefill, as allocated.

@@ -15,6 +15,7 @@ class RecordStore:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder / "pred"
+        self.error_log = folder / "errors.log"
         self.by_key: dict[str, Record] = {}
 
     def load(self, *, repair: bool) -> None:
@@ -45,6 +46,11 @@ class RecordStore:
                 "make room and continue with --resume."
             ) from error
         self.by_key[record.key] = record
+
+    def log(self, text: str) -> None:
+        """Add the traceback of an unexpected error to errors.log."""
+        with self.error_log.open("a", encoding="utf-8") as file:
+            file.write(text)
 
 
 def read_records(path: Path, *, repair: bool = False) -> Iterator[Record]:

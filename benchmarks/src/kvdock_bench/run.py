@@ -6,8 +6,7 @@ import contextlib
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from kvdock_bench.batches import Item
 from kvdock_bench.generate import Answer
@@ -16,11 +15,20 @@ from kvdock_bench.plan import Cell, Plan, record_key
 from kvdock_bench.prompting import Prompter
 from kvdock_bench.protocol import make_protocol, protocol_id, stop_ids
 from kvdock_bench.record import Record
-from kvdock_bench.records import RecordStore
 from kvdock_bench.scoring import score
 from kvdock_bench.sources import TaskData
 
 Attach = Callable[..., contextlib.AbstractContextManager[Any]]
+
+
+class Sink(Protocol):
+    """Where answers go: the run's folder, or the process that writes it."""
+
+    def append(self, cell: str, record: Record) -> None:
+        """Take the record of one answer; ``cell`` is its place in the run folder."""
+
+    def log(self, text: str) -> None:
+        """Take the traceback of an unexpected error."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +39,7 @@ class Run:
         identity: what every record's key has in common.
         attach: `kvdock.attach`, or a stand-in.
         device: the name written into records.
+        time_limit: seconds that one answer may take; None for any.
         generator: what answers; None: the loaded model itself.
     """
 
@@ -38,21 +47,16 @@ class Run:
     loaded: Loaded
     prompter: Prompter
     data: TaskData
-    store: RecordStore
+    sink: Sink
     identity: dict[str, Any]
     attach: Attach
     device: str
-    error_log: Path
+    time_limit: float | None = None
     generator: Any = None
 
     def key(self, cell: Cell, index: int) -> str:
         """Return the key of one answer."""
         return record_key(self.identity, cell, self.plan.config, index)
-
-    def missing(self, cell: Cell) -> list[int]:
-        """Return the indices of a cell's samples that are still to do."""
-        count = self.plan.count(cell.task.name)
-        return [i for i in range(count) if not self.store.is_finished(self.key(cell, i))]
 
     def save(
         self,
@@ -103,4 +107,4 @@ class Run:
                 timings=answer.timings,
                 memory=answer.memory,
             )
-        self.store.append(cell.name, record)
+        self.sink.append(cell.name, record)

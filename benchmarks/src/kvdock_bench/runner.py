@@ -9,11 +9,16 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+import torch
+
 from kvdock.errors import KVDockError
 from kvdock_bench.batches import Item, make_batches
 from kvdock_bench.context import check_prompt, context_of
+from kvdock_bench.errors import WorkerLost
 from kvdock_bench.fitting import fit_sample
 from kvdock_bench.generate import Answer, Generator, Settings
+from kvdock_bench.jobs import Job
+from kvdock_bench.limits import BatchSizes, TimeLimit, within
 from kvdock_bench.oom import is_oom, release
 from kvdock_bench.plan import Cell
 from kvdock_bench.progress import Reporter
@@ -32,19 +37,25 @@ class Runner:
         self.reporter = reporter
         loaded = run.loaded
         self._generator = run.generator or Generator(
-            loaded.model, loaded.tokenizer, loaded.shape, loaded.item_bytes
+            loaded.model, loaded.tokenizer, loaded.shape, loaded.item_bytes, shards=loaded.shards
         )
         self._warm: set[str] = set()
-        self._limits: dict[str, int] = {}
+        self._sizes = BatchSizes(run.plan.config.batch_size, loaded)
+        self._tasks = {task.name: task for task in run.plan.config.tasks}
+        self._methods = {method.method_id: method for method in run.plan.methods}
 
-    def __call__(self) -> None:
-        """Go through the cells from short to long; each prompt is made once for all methods."""
-        for length, task, cells in self.run.plan.groups():
-            missing = [(cell, self.run.missing(cell)) for cell in cells]
-            wanted = sorted({index for _, indices in missing for index in indices})
-            items = {index: self._prepare(task, length, index) for index in wanted}
-            for cell, indices in missing:
-                self._run_cell(cell, [items[index] for index in indices])
+    def steps(self, job: Job) -> Iterator[None]:
+        """Generate a job's answers, pausing after every batch; methods share each prompt."""
+        task = self._tasks[job.task]
+        wanted = sorted({index for indices in job.wanted.values() for index in indices})
+        items = {index: self._prepare(task, job.length, index) for index in wanted}
+        for method_id, indices in job.wanted.items():
+            cell = Cell(self._methods[method_id], job.length, task)
+            if job.failure is None:
+                yield from self._run_cell(cell, [items[index] for index in indices])
+                continue
+            for index in indices:
+                self._save(cell, items[index], 0, error=job.failure)
 
     def _prepare(self, task: Task, length: int, index: int) -> Item:
         fitted = fit_sample(
@@ -74,7 +85,7 @@ class Runner:
             fitted.sample.likelihood,
         )
 
-    def _run_cell(self, cell: Cell, items: list[Item]) -> None:
+    def _run_cell(self, cell: Cell, items: list[Item]) -> Iterator[None]:
         for item in items:
             if not item.fit:
                 self._save(cell, item, 0, error=UNFIT)
@@ -87,24 +98,28 @@ class Runner:
             while queue:
                 batch = queue.pop(0)
                 if halves := self._run_batch(cell, batch, dock):
-                    limit = self._limits[cell.method.method_id] = max(map(len, halves))
                     rest = [item for later in queue for item in later]
                     padding = cell.method.supports_padding
-                    queue = halves + make_batches(rest, limit, padding=padding)
+                    queue = halves + make_batches(rest, self._limit(cell), padding=padding)
+                yield
 
     def _run_batch(self, cell: Cell, batch: list[Item], dock: Any) -> list[list[Item]]:
-        """Record a batch; returns its halves instead when memory ran out and it can be split."""
+        """Record a batch; returns its halves instead where a smaller one may do better."""
+        limit, split = self.run.time_limit, False
         try:
-            answers = self._generator.run(
-                [item.ids for item in batch],
-                self._settings(cell, batch),
-                dock,
-                tails=[item.n_tail for item in batch],
-            )
+            with within(limit and limit * len(batch)):
+                answers = self._generator.run(
+                    [item.ids for item in batch],
+                    self._settings(cell, batch),
+                    dock,
+                    tails=[item.n_tail for item in batch],
+                )
         except KVDockError:
             raise
         except Exception as error:
             reason = OOM if is_oom(error) else f"{type(error).__name__}: {error}"[:500]
+            # one row may have held up the others
+            split = len(batch) > 1 and (reason == OOM or isinstance(error, TimeLimit))
             if reason != OOM:
                 self._log_error(cell, batch)
             # the traceback's frames hold the batch's tensors
@@ -113,15 +128,29 @@ class Runner:
             for item, answer in zip(batch, answers, strict=True):
                 self._save(cell, item, len(batch), answer=answer)
             return []
-        release()
-        if reason == OOM and len(batch) > 1:
+        self._recover(reason)
+        if split:
             half = (len(batch) + 1) // 2
-            self.reporter.note(f"Out of memory with a batch of {len(batch)}: trying {half}.")
+            self.reporter.note(f"{len(batch)} prompts at once: {reason}. Trying {half}.")
+            if reason == OOM:
+                self._sizes.learn(cell.method.method_id, cell.length, half)
             return [batch[:half], batch[half:]]
         for item in batch:
             self.reporter.note(f"{_label(cell)}, sample {item.index}: {reason}")
             self._save(cell, item, len(batch), error=reason)
         return []
+
+    def _recover(self, reason: str) -> None:
+        """Free memory after an error, or say that this process cannot go on."""
+        if self.run.loaded.shards > 1:
+            # the other processes of the model wait in the middle of a layer
+            raise WorkerLost(reason)
+        release()
+        if reason != OOM and torch.cuda.is_initialized():
+            try:
+                torch.cuda.synchronize()
+            except RuntimeError as error:
+                raise WorkerLost(f"the GPU gives no more results after {reason}") from error
 
     @contextlib.contextmanager
     def _attached(self, cell: Cell) -> Iterator[Any]:
@@ -138,19 +167,17 @@ class Runner:
         self._warm.add(cell.method.method_id)
         warm_up = replace(WARM_UP, likelihood=item.likelihood)
         try:
-            self._generator.run([item.ids], warm_up, dock, tails=[item.n_tail])
+            with within(self.run.time_limit):
+                self._generator.run([item.ids], warm_up, dock, tails=[item.n_tail])
         except KVDockError:
             raise
         except Exception as error:
             # the sample itself meets the same error, and that one is recorded
             traceback.clear_frames(error.__traceback__)
-            release()
+            self._recover(OOM if is_oom(error) else f"{type(error).__name__}: {error}"[:500])
 
     def _limit(self, cell: Cell) -> int:
-        chosen = self.run.plan.config.batch_size
-        if chosen == "auto":
-            chosen = 16 if self.run.loaded.model.device.type == "cuda" else 4
-        return self._limits.get(cell.method.method_id, chosen)
+        return self._sizes.limit(cell.method.method_id, cell.length)
 
     def _settings(self, cell: Cell, batch: list[Item]) -> Settings:
         config = self.run.plan.config
@@ -175,9 +202,8 @@ class Runner:
         self.reporter.advance(cell.length, 1, _label(cell))
 
     def _log_error(self, cell: Cell, batch: list[Item]) -> None:
-        with self.run.error_log.open("a", encoding="utf-8") as file:
-            indices = ", ".join(str(item.index) for item in batch)
-            file.write(f"{_label(cell)}, samples {indices}\n{traceback.format_exc()}\n")
+        indices = ", ".join(str(item.index) for item in batch)
+        self.run.sink.log(f"{_label(cell)}, samples {indices}\n{traceback.format_exc()}\n")
 
 
 def _label(cell: Cell) -> str:

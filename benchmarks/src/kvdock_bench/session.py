@@ -2,40 +2,42 @@
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
 import reprlib
 import shlex
 import time
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 
 import kvdock
 from kvdock_bench import metadata, models
+from kvdock_bench.adapter import check_adapter
 from kvdock_bench.arguments import Arguments
 from kvdock_bench.atomic import write_json
 from kvdock_bench.config import BenchConfig, load_config, override
 from kvdock_bench.context import check_lengths
+from kvdock_bench.crew import Crew, crew_of
 from kvdock_bench.dry_run import budget_warnings, show_plan
 from kvdock_bench.errors import BenchError, did_you_mean
 from kvdock_bench.folder import RUN_FILE, check_tag, default_tag, locked, open_run, read_run
 from kvdock_bench.methods import VLLM, MethodConfig, parse_methods
 from kvdock_bench.oom import release
-from kvdock_bench.plan import SCHEMA_VERSION, Plan, make_plan, run_identity
+from kvdock_bench.placement import Placement, parse_placement
+from kvdock_bench.plan import SCHEMA_VERSION, Cell, Plan, make_plan, record_key
 from kvdock_bench.progress import progress
-from kvdock_bench.prompting import Prompter
 from kvdock_bench.records import RecordStore
 from kvdock_bench.results import config_of, make_console, make_results
-from kvdock_bench.run import Attach, Run
-from kvdock_bench.runner import Runner
+from kvdock_bench.run import Attach
 from kvdock_bench.runs import methods_of
 from kvdock_bench.sources import load_data
+from kvdock_bench.vllm.crew import served_crew
 from kvdock_bench.vllm.locate import find_python
-from kvdock_bench.vllm.serve import LOG, Engine, serving
+from kvdock_bench.vllm.serve import Engine
+from kvdock_bench.worker import Setup
 
 DONE, FAILED, INTERRUPTED = 0, 1, 130
 SERVERS = ("transformers", "vllm")
@@ -47,8 +49,8 @@ def bench(arguments: Arguments, *, attach: Attach = kvdock.attach) -> int:
     config = effective_config(arguments)
     columns = parse_columns(arguments)
     methods = [method for part in columns.values() for method in part]
-    device = models.parse_device(list(arguments.device))
-    dtype = models.parse_dtype(arguments.torch_dtype, device)
+    placement = _placement(arguments)
+    dtype = models.parse_dtype(arguments.torch_dtype, "cpu" if placement.cpu else "cuda")
     _check_dtypes(methods, dtype)
     data = load_data(config.data)
     if arguments.dry_run:
@@ -66,15 +68,25 @@ def bench(arguments: Arguments, *, attach: Attach = kvdock.attach) -> int:
     with locked(folder):
         for server, part in columns.items():
             plan = make_plan(config, part, data)
-            if server == "vllm":
-                loaded = models.describe(arguments.model_path, dtype=dtype, device=device)
-            else:
-                loaded = models.load(arguments.model_path, dtype=dtype, device=device)
-            _check_methods(plan, loaded, attach)
-            session = _Session(arguments, plan, folder, loaded, attach, console, engine)
-            code = max(code, session.run())
+            setup = Setup(
+                model_path=arguments.model_path,
+                dtype=dtype,
+                plan=plan,
+                adapter_path=arguments.adapter_path,
+                time_limit=arguments.time_limit,
+                attach=attach,
+            )
+            store = RecordStore(folder)
+            chosen: AbstractContextManager[Crew] = (
+                crew_of(setup, placement, store, arguments.launcher)
+                if engine is None or server != "vllm"
+                else served_crew(setup, placement, store, engine, folder)
+            )
+            with chosen as crew:
+                session = _Session(arguments, plan, placement, folder, store, crew, console)
+                code = max(code, session.run())
             # the next server needs the memory
-            del loaded, session
+            del crew, session
             release()
             if code == INTERRUPTED:
                 break
@@ -129,26 +141,60 @@ def effective_config(arguments: Arguments) -> BenchConfig:
     return override(config, **changes) if changes else config
 
 
+def _placement(arguments: Arguments) -> Placement:
+    """Check where the models go, and the flags that depend on it, before anything slow happens."""
+    placement = parse_placement(
+        arguments.device,
+        arguments.gp_num,
+        parallel=arguments.parallel,
+        workers=arguments.workers,
+        ray_address=arguments.ray_address,
+        visible=torch.cuda.device_count(),
+    )
+    if arguments.time_limit is not None and arguments.time_limit <= 0:
+        raise BenchError(f"--time_limit {arguments.time_limit:g}: expected seconds above 0.")
+    if arguments.adapter_path is not None:
+        check_adapter(arguments.adapter_path)
+        if placement.processes > 1:
+            raise BenchError(
+                "--adapter_path: an adapter is merged into whole weights, which --parallel tp"
+                " splits. Use --parallel map, or merge it beforehand."
+            )
+    if "vllm" in arguments.server:
+        _check_served(arguments, placement)
+    if placement.several_processes:
+        # fetches and converts the embedded model once, before the workers look for it
+        models.locate(arguments.model_path)
+    return placement
+
+
+def _check_served(arguments: Arguments, placement: Placement) -> None:
+    """Refuse for vLLM what only the models of this package can do."""
+    if placement.several_processes or len(placement.devices(0)) > 1:
+        raise BenchError(
+            "--server vllm runs on one device. Run it alone on one, with --resume into the folder"
+            " of the others."
+        )
+    for name in ("adapter_path", "time_limit"):
+        if getattr(arguments, name) is not None:
+            raise BenchError(f"--{name} is for --server transformers alone.")
+
+
 @dataclass(slots=True)
 class _Session:
     arguments: Arguments
     plan: Plan
+    placement: Placement
     folder: Path
-    loaded: models.Loaded
-    attach: Attach
+    store: RecordStore
+    crew: Crew
     console: Console
-    engine: Engine | None
-
-    @property
-    def served(self) -> bool:
-        """Tell whether another process answers."""
-        return any(method.server == "vllm" for method in self.plan.methods)
 
     def run(self) -> int:
         """Generate what is missing, write the results, and return the exit code."""
-        run, metadata_ = self._prepare()
+        metadata_ = self._prepare()
         write_json(self.folder / RUN_FILE, metadata_)
-        missing = [(cell.length, len(run.missing(cell))) for cell in self.plan.cells]
+        missing = [(cell.length, len(self._missing(cell))) for cell in self.plan.cells]
         samples = sum(count for _, count in missing)
         tokens = sum(length * count for length, count in missing)
         done = self.plan.n_samples - samples
@@ -158,11 +204,10 @@ class _Session:
         started, code = time.perf_counter(), DONE
         status = "failed"
         try:
-            with (
-                self._generating(run, metadata_, samples) as run,
-                progress(self.console, tokens, samples) as reporter,
-            ):
-                Runner(run, reporter)()
+            if samples:
+                metadata_ |= self.crew.begin(self._say)
+                with progress(self.console, tokens, samples) as reporter:
+                    self.crew.work(self.plan, self._missing, reporter)
             status = "finished"
         except KeyboardInterrupt:
             status, code = "interrupted", INTERRUPTED
@@ -170,57 +215,33 @@ class _Session:
             metadata_ |= {"status": status, "ended": metadata.now()}
             metadata_["sessions"][-1]["seconds"] = round(time.perf_counter() - started, 3)
             write_json(self.folder / RUN_FILE, metadata_)
-        report, failed = make_results(self.folder, metadata_, list(run.store.by_key.values()))
+        report, failed = make_results(self.folder, metadata_, list(self.store.by_key.values()))
         report.show(self.console)
         if code == INTERRUPTED:
             self._say(f"Interrupted. Continue with:\n  {self._resume_command()}")
         elif failed:
             code = FAILED
-            self._say(f"{failed} cells have errors: {run.error_log}")
+            self._say(f"{failed} cells have errors: {self.store.error_log}")
         return code
 
-    @contextlib.contextmanager
-    def _generating(self, run: Run, metadata_: dict[str, Any], samples: int) -> Iterator[Run]:
-        """Start the other process if one is needed, and note its versions."""
-        if not self.served or not samples or self.engine is None:
-            yield run
-            return
-        self._say(f"Starting vLLM; its output: {self.folder / LOG}")
-        place = models.locate(self.arguments.model_path)
-        with serving(self.engine, self.loaded, place, self.plan.config, self.folder) as started:
-            generator, metadata_["vllm"] = started
-            if run.loaded.model.device.type == "cuda":
-                run = dataclasses.replace(run, device=metadata_["vllm"]["device_name"])
-            yield dataclasses.replace(run, generator=generator)
+    def _missing(self, cell: Cell) -> list[int]:
+        """Return the indices of a cell's samples that are still to do."""
+        config, identity = self.plan.config, self.crew.facts.identity
+        count = self.plan.count(cell.task.name)
+        keys = (record_key(identity, cell, config, index) for index in range(count))
+        return [index for index, key in enumerate(keys) if not self.store.is_finished(key)]
 
-    def _prepare(self) -> tuple[Run, dict[str, Any]]:
-        config = self.plan.config
-        prompter = Prompter(self.loaded.tokenizer, config)
-        data = load_data(config.data)
-        identity = run_identity(
-            self.loaded.fingerprint, prompter.template_id, data, list(config.tasks)
-        )
-        store = RecordStore(self.folder)
-        store.load(repair=True)
+    def _prepare(self) -> dict[str, Any]:
+        """Read what the folder holds already and return the run's metadata."""
+        self.store.load(repair=True)
         earlier = read_run(self.folder) if (self.folder / RUN_FILE).exists() else None
         if earlier is not None:
-            _check_same(earlier, identity, config)
-        run = Run(
-            plan=self.plan,
-            loaded=self.loaded,
-            prompter=prompter,
-            data=data,
-            store=store,
-            identity=identity,
-            attach=self.attach,
-            device=metadata.device_name(self.loaded.model.device),
-            error_log=self.folder / "errors.log",
-        )
-        return run, self._metadata(identity, data.describe(list(config.tasks)), earlier)
+            _check_same(earlier, self.crew.facts.identity, self.plan.config)
+        return self._metadata(earlier)
 
-    def _metadata(
-        self, identity: dict[str, Any], data: dict[str, Any], earlier: dict[str, Any] | None
-    ) -> dict[str, Any]:
+    def _metadata(self, earlier: dict[str, Any] | None) -> dict[str, Any]:
+        facts = self.crew.facts
+        identity = facts.identity
         # columns of earlier sessions stay in the table
         methods = list(self.plan.methods)
         sessions = []
@@ -251,21 +272,20 @@ class _Session:
                 for method in methods
             ],
             "identity": identity,
-            "data": data,
-            "model": self._describe_model(earlier),
+            "data": facts.data,
+            # another server's columns stand beside those of the model that is described already
+            "model": earlier["model"] if self.crew.name == "vllm" and earlier else facts.model,
             "vllm": earlier.get("vllm") if earlier is not None else None,
             "versions": metadata.describe_software(ids),
             "git": metadata.describe_git(),
-            "hardware": metadata.describe_hardware(self.loaded.model.device),
+            "hardware": facts.hardware,
+            "placement": {
+                **self.placement.describe(),
+                "workers": self.crew.workers,
+                "launcher": self.crew.name,
+            },
             "environment": metadata.environment(),
         }
-
-    def _describe_model(self, earlier: dict[str, Any] | None) -> dict[str, Any]:
-        if self.served and earlier is not None:
-            return dict(earlier["model"])
-        place = models.locate(self.arguments.model_path)
-        found = metadata.describe_model(self.loaded, place)
-        return {**found, "attention": "of vLLM"} if self.served else found
 
     def _resume_command(self) -> str:
         words = [word for word in self.arguments.command if word not in ("--overwrite", "--resume")]
@@ -286,14 +306,6 @@ def _check_dtypes(methods: list[MethodConfig], dtype: str) -> None:
                 f"{method.label} does not support --torch_dtype {dtype}, only "
                 f"{', '.join(method.dtypes) or 'none'}."
             )
-
-
-def _check_methods(plan: Plan, loaded: models.Loaded, attach: Attach) -> None:
-    """Attach each method once, so that what cannot run is refused before anything runs."""
-    for method in plan.methods:
-        if method.ids:
-            with attach(loaded.model, **method.attach_arguments()):
-                pass
 
 
 def _check_same(earlier: dict[str, Any], identity: dict[str, Any], config: BenchConfig) -> None:

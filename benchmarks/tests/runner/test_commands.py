@@ -55,12 +55,12 @@ def test_both_ways_of_naming_methods(app, words, model_folder, config_file):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--gp_num", "2"], "--gp_num: spreading a run over several GPUs is not available"),
-        (["--adapter_path", "x"], "--adapter_path: running with a PEFT adapter is not available"),
+        (["--gp_num", "0/2"], "--gp_num 0/2: expected GPUs per model"),
+        (["--adapter_path", "x"], "--adapter_path x: no folder with adapter_config.json"),
         (["--server", "rwkv"], "--server rwkv is unknown. Allowed: transformers, vllm."),
     ],
 )
-def test_reserved_flags_say_so(app, words, message):
+def test_impossible_flags_say_so(app, words, message):
     error = run(app, *words).exception
     assert isinstance(error, BenchError)
     assert message in str(error)
@@ -78,8 +78,8 @@ def test_the_help_names_every_flag(app):
     names = """
         model_path cfg_path acceleration budget set device torch_dtype batch_size limit max_length
         template save_tag output_dir resume overwrite dry_run server vllm_python max_model_len
-        gpu_memory_utilization
+        gpu_memory_utilization gp_num parallel workers ray-address launcher adapter_path
+        time_limit
     """
     for flag in names.split():
         assert f"--{flag}" in text
-    assert "gp_num" not in text
