@@ -48,6 +48,6 @@ def _append(
     x = tl.load(key + batch * k_batch + head * k_head + channel, mask=real, other=0.0)
     tl.store(keys + pair * keys_head + at * KEPT + d, x, mask=d < KEPT)
     spot = rest + pair * rest_head + at % ring * (HEAD_DIM - KEPT)
-    tl.store(spot + d - KEPT, x, mask=real & (d >= KEPT))
+    tl.store(spot + (d - KEPT), x, mask=real & (d >= KEPT))
     x = tl.load(value + batch * v_batch + head * v_head + v, mask=v < VALUE_DIM, other=0.0)
     tl.store(values + pair * values_head + at * VALUE_DIM + v, x, mask=v < VALUE_DIM)
