@@ -23,7 +23,7 @@ from torch import Tensor
 
 from kvdock.kernels.blocks import BlockGrid, density, mask_from_lists
 from kvdock.policy import AttentionParams
-from kvdock_flexprefill import launch
+from kvdock_flexprefill import compat, launch
 from kvdock_flexprefill.launch import DEFAULT, Problem
 from kvdock_flexprefill.options import FlexPrefillOptions
 from kvdock_flexprefill.reference import find_pattern, last_block_shares
@@ -48,14 +48,14 @@ def main() -> None:
     """Check first, then time; print tables and write the numbers."""
     args = _arguments()
     record: dict[str, Any] = {
-        "environment": environment(triton=triton.__version__), "checks": check(), "times": [],
-        "variants": [],
+        "environment": environment(triton=triton.__version__), "checks": check(args.mode),
+        "times": [], "variants": [],
     }  # fmt: skip
     if args.variants:
         for length in args.lengths:
             record["variants"] += attempt(f"variants {length}", time_variants, length) or []
     for length in args.lengths:
-        record["times"] += attempt(f"stages {length}", time_stages, length) or []
+        record["times"] += attempt(f"stages {length}", time_stages, length, args.mode) or []
     if args.out:
         Path(args.out).write_text(json.dumps(record, indent=1) + "\n")
     if not all(row["right"] for row in record["checks"]):
@@ -95,7 +95,7 @@ def planted(
     return query.to(dtype).transpose(1, 2), key.to(dtype).transpose(1, 2)
 
 
-def check() -> list[dict[str, Any]]:
+def check(mode: str) -> list[dict[str, Any]]:
     """Compare lists and covered mass with plain torch."""
     cases: list[tuple[Any, ...]] = [
         (8, 2, n, n, head_dim, dtype, 0.1)
@@ -114,7 +114,7 @@ def check() -> list[dict[str, Any]]:
     for case in cases:
         *shape, tau = case
         q, k = planted(*shape)
-        options = FlexPrefillOptions(tau=tau, min_budget=128, dense_below=0)
+        options = FlexPrefillOptions(tau=tau, min_budget=128, dense_below=0, mode=mode)
         row = attempt(str(case), compare, q, k, options) or {"right": False}
         rows.append({"case": str(case), **row})
         if len(row) == 1:
@@ -130,7 +130,7 @@ def check() -> list[dict[str, Any]]:
             row["blocks"] <= 0.002 * row["listed"] + 2
             and row["sorted"]
             and row["same"]
-            and (tau > 0 or row["covered"] > options.gamma - 1e-3)
+            and (tau > 0 or mode == "compat" or row["covered"] > options.gamma - 1e-3)
         )
         if not row["right"]:
             print(f"WRONG: {row}", flush=True)
@@ -163,15 +163,15 @@ def compare(q: Tensor, k: Tensor, options: FlexPrefillOptions) -> dict[str, Any]
     }  # fmt: skip
 
 
-def time_stages(length: int) -> list[dict[str, Any]]:
+def time_stages(length: int, mode: str) -> list[dict[str, Any]]:
     """Time every stage and the whole, for no, some and only query-aware heads."""
     q, k = planted(HEADS, KV_HEADS, length, length, HEAD_DIM, torch.bfloat16)
     params, rows = AttentionParams(HEAD_DIM**-0.5), []
     print(f"{'T':>8} {'tau':>5} {'aware':>5} {'density':>8} stages in ms; whole; host ms")
     for tau in (0.0, 0.1, 1.0):
-        options = FlexPrefillOptions(tau=tau, dense_below=0)
+        options = FlexPrefillOptions(tau=tau, dense_below=0, mode=mode)
         problem = Problem(q, k, params.scaling, options)
-        stages = time_each(problem)
+        stages = (time_compat if mode == "compat" else time_each)(problem)
         lists = select(q, k, params, options)
         whole = milliseconds(lambda o=options: select(q, k, params, o), repeats=20)
         aware = int(launch.pattern(q, k, params.scaling, options).aware.sum())
@@ -207,6 +207,31 @@ def time_each(problem: Problem) -> dict[str, float]:
         launch.row_logits(problem, *means, aware, index)
     times["emit"] = milliseconds(lambda: launch.emit(problem, chosen, aware, index), repeats=20)
     return times
+
+
+def time_compat(problem: Problem) -> dict[str, float]:
+    """Return the milliseconds of each stage of compat mode.
+
+    Repeated, they join offsets that were joined and take shares of shares, at the same cost.
+    """
+    level, mean = launch.block_levels(problem)
+    mass = compat.masses(problem, level)
+    counted = compat.count(problem, mass)
+    chosen, aware = compat.choose(problem, *counted, mean)
+    index, edges = launch.new_index(problem), compat.new_edges(problem)
+    stages: dict[str, Callable[[], Any]] = {
+        "levels": lambda: launch.block_levels(problem),
+        "masses": lambda: compat.masses(problem, level),
+        "count": lambda: compat.count(problem, mass),
+        "choose": lambda: compat.choose(problem, *counted, mean),
+    }
+    if problem.options.tau > 0:
+        means = launch.pool(problem, aware)
+        stages["pool"] = lambda: launch.pool(problem, aware)
+        stages["scores"] = lambda: launch.row_logits(problem, *means, aware, index)
+        stages["edges"] = lambda: compat.find_edges(problem, aware, index, edges)
+    stages["emit"] = lambda: compat.emit(problem, chosen, aware, index, edges)
+    return {name: milliseconds(run, repeats=20) for name, run in stages.items()}
 
 
 def time_variants(length: int) -> list[dict[str, Any]]:
@@ -261,7 +286,8 @@ def host_milliseconds(run: Callable[[], Any], repeats: int = 20) -> float:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--lengths", type=int, nargs="+", default=[32_768, 65_536, 131_072])
-    parser.add_argument("--variants", action="store_true", help="time the kernels' variants too")
+    parser.add_argument("--mode", choices=("exact", "compat"), default="exact")
+    parser.add_argument("--variants", action="store_true", help="time exact's variants too")
     parser.add_argument("--out", help="write the numbers to this JSON file")
     return parser.parse_args()
 
