@@ -69,7 +69,7 @@ def grid_config(
     )
 
 
-def variant(spec: str, budget: int) -> MethodConfig:
+def variant(spec: str, budget: str) -> MethodConfig:
     """Read "method", "a+b" or "method:option=value,option=value"; the text is the label.
 
     A method without a budget ignores it; with several methods an option is "method.option".
@@ -81,7 +81,7 @@ def variant(spec: str, budget: int) -> MethodConfig:
         return dataclasses.replace(FULL_CACHE, label=FULL)
     prefix = "" if "+" in name else f"{name}."
     settings = [prefix + item for item in _split(spec, text)]
-    return dataclasses.replace(parse_methods([name], [str(budget)], settings)[1], label=spec)
+    return dataclasses.replace(parse_methods([name], [budget], settings)[1], label=spec)
 
 
 def _split(spec: str, text: str) -> list[str]:
@@ -97,7 +97,7 @@ def _split(spec: str, text: str) -> list[str]:
     return items
 
 
-def variants(specs: Sequence[str], budgets: Sequence[int]) -> list[MethodConfig]:
+def variants(specs: Sequence[str], budgets: Sequence[str]) -> list[MethodConfig]:
     """Return every configuration once: methods without a budget are not repeated."""
     found: dict[str, MethodConfig] = {}
     for spec in specs:

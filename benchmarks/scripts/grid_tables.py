@@ -119,7 +119,9 @@ def summarise(grid: Grid, methods: Sequence[MethodConfig]) -> list[Row]:
 
 def to_markdown(rows: Sequence[Row], lengths: Sequence[int]) -> str:
     """Return one table per budget, methods without a budget first."""
-    budgets = sorted({row["budget"] for row in rows}, key=lambda text: int(text or 0))
+    budgets = sorted(
+        {row["budget"] for row in rows}, key=lambda text: (len(text or ""), text or "")
+    )
     parts = [
         _table(budget, [r for r in rows if r["budget"] == budget], lengths) for budget in budgets
     ]

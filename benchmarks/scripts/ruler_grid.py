@@ -180,7 +180,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--model_path", default="smollm2-135m")
     parser.add_argument("--group", default="light", help="tasks, groups, or a YAML file")
     parser.add_argument("--lengths", type=int, nargs="+", default=[512, 1024, 2048])
-    parser.add_argument("--budgets", type=int, nargs="+", default=[64, 128, 256])
+    parser.add_argument(
+        "--budgets", nargs="+", default=["64", "128", "256"], help="128, 25%%, 1GiB"
+    )
     parser.add_argument("--methods", nargs="+", required=True, help="full, a, a+b, a:option=value")
     parser.add_argument("--samples", type=int, default=50, help="per task and length")
     parser.add_argument("--batch-size", type=int, default=50)

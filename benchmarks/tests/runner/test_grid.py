@@ -46,17 +46,17 @@ def record(method, index, score, *, error=None, task="t", length=64):
 
 def test_options_and_budget(script):
     jobs = script("grid_jobs")
-    method = jobs.variant("random:window=4,seed=7", 32)
+    method = jobs.variant("random:window=4,seed=7", "32")
     assert (method.label, method.budget) == ("random:window=4,seed=7", "32")
     assert method.options == {"random": {"window": 4, "seed": 7}}
-    assert jobs.variant("random+random:random.seed=7", 32).ids == ("random", "random")
-    assert jobs.variant("full", 32).is_full
+    assert jobs.variant("random+random:random.seed=7", "32").ids == ("random", "random")
+    assert jobs.variant("full", "32").is_full
 
 
 @pytest.mark.parametrize("spec", ["full:a=1", "random:7", "random:b=1", "nowhere"])
 def test_bad_specs(script, spec):
     with pytest.raises(KVDockError):
-        script("grid_jobs").variant(spec, 32)
+        script("grid_jobs").variant(spec, "32")
 
 
 def test_a_comma_in_a_list(script):
@@ -65,7 +65,7 @@ def test_a_comma_in_a_list(script):
 
 def test_jobs_longest_first_and_full_once(script):
     jobs = script("grid_jobs")
-    methods = jobs.variants(["random:seed=1", "random", "full", "random:window=0"], [8, 16])
+    methods = jobs.variants(["random:seed=1", "random", "full", "random:window=0"], ["8", "16"])
     assert [(m.label, m.budget) for m in methods] == [
         ("random:seed=1", "8"),
         ("random:seed=1", "16"),
@@ -80,7 +80,9 @@ def test_jobs_longest_first_and_full_once(script):
 
 def test_merged_means_and_pairs(script):
     jobs, tables = script("grid_jobs"), script("grid_tables")
-    full, drawn, other = methods = [jobs.variant(s, 8) for s in ("full", "random", "random:seed=3")]
+    full, drawn, other = methods = [
+        jobs.variant(s, "8") for s in ("full", "random", "random:seed=3")
+    ]
     records = [record(full, i, 1.0) for i in range(4)] + [record(drawn, i, 0.0) for i in range(4)]
     # one answer is missing, one did not fit
     records += [record(other, 0, 1.0), record(other, 1, 0.0), record(other, 2, None, error=UNFIT)]
