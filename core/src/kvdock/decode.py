@@ -12,6 +12,7 @@ import functools
 import logging
 import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,7 @@ from kvdock.graph import CaptureError, StepGraph
 if TYPE_CHECKING:
     from kvdock.attach import Dock
     from kvdock.cache import DockCache
+    from kvdock.fused import FusedStep
     from kvdock.plan import DockPlan
     from kvdock.session import Session
 
@@ -123,13 +125,24 @@ class Decoder:
         self._mode = mode
         self._steps_left = steps
         self._graph: StepGraph | None = None
+        self._fused: FusedStep | None = None
         self._capturing = mode.capture
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
         """Leave a copied cache without a decoder: a graph works on the memory it was made for."""
 
-    def step(self, cache: DockCache, forward: Callable[..., Any], given: dict[str, Any]) -> Any:
-        """Run the model's forward of one new column per row."""
+    def step(
+        self,
+        cache: DockCache,
+        forward: Callable[..., Any],
+        given: dict[str, Any],
+        fuse: Callable[[], FusedStep | None] = lambda: None,
+    ) -> Any:
+        """Run the model's forward of one new column per row.
+
+        Args:
+            fuse: returns what makes the step's small operations fewer while it is captured.
+        """
         session = cache.session
         if self.frozen is None and self._too_long(session):
             session.decoder = None
@@ -140,15 +153,18 @@ class Decoder:
             if self.frozen is not None:
                 self.frozen.thaw()
             self.frozen = FrozenCache(session.stores, room)
+            self._fused = fuse() if self._capturing else None
         frozen = self.frozen
         # every column of a step is real, so the forward needs no mask
         call = {name: value for name, value in given.items() if name != "attention_mask"}
 
         def run(inputs: dict[str, Any]) -> Any:
             self.stepping = True
+            fused = self._fused if self._capturing else None
             try:
                 frozen.begin()
-                output = forward(**{**call, **inputs})
+                with nullcontext() if fused is None else fused.active():
+                    output = forward(**{**call, **inputs})
                 frozen.end()
             finally:
                 self.stepping = False
@@ -224,13 +240,19 @@ def docked_forward(dock: Dock, original: Callable[..., Any]) -> Callable[..., An
     """Return a `forward` that hands the steps of the dock's `generate()` to its decoder."""
     from kvdock.cache import DockCache
 
+    @functools.cache
+    def fuse() -> FusedStep | None:
+        from kvdock.fused import fused_step
+
+        return fused_step(dock.model)
+
     @functools.wraps(original)  # generate() asks for the signature
     def forward(*args: Any, **kwargs: Any) -> Any:
         cache = kwargs.get("past_key_values")
         if not args and isinstance(cache, DockCache) and cache.plan is dock.plan:
             decoder = cache.session.decoder
             if decoder is not None and _is_step(cache.session, kwargs):
-                return decoder.step(cache, original, kwargs)
+                return decoder.step(cache, original, kwargs, fuse)
         return original(*args, **kwargs)
 
     return forward

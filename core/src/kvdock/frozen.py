@@ -17,7 +17,7 @@ from torch import Tensor
 from kvdock.dense import KEY, POSITION, VALUE
 from kvdock.formatted import FormattedStore
 from kvdock.frozen_form import FormCursors, FrozenForm
-from kvdock.kernels.slots import append_slots, attend_filled, counters, tried
+from kvdock.kernels.slots import append_kernel, append_slots, attend_filled, counters, tried
 from kvdock.layer import LayerStore
 from kvdock.policy import AttentionParams
 
@@ -186,8 +186,11 @@ def _frozen_slots(stores: Sequence[LayerStore]) -> tuple[Cursors, Sequence[Froze
     for store in stores:
         store.dense.reserve(store.ledger.capacity)
     cursors = Cursors(stores)
-    for store in stores:
-        has_kernel(store)  # tried now, because trying it waits for the device
+    for store in stores:  # kernels are tried now, because trying them waits for the device
+        has_kernel(store)
+    first = stores[0].dense.table[KEY]
+    if first.is_cuda:
+        append_kernel(first.device, first.dtype)
     return cursors, [FrozenLayer(store, rank, cursors) for rank, store in enumerate(stores)]
 
 

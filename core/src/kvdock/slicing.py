@@ -63,4 +63,5 @@ def _slicing(forward: Callable[..., Any], above: int) -> Callable[..., Any]:
             output[:, start : start + SLICE] = part
         return output
 
+    sliced_forward.__wrapped__ = forward  # type: ignore[attr-defined]
     return sliced_forward

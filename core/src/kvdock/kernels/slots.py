@@ -40,6 +40,12 @@ def append_slots(
         released, hole: int64 [B, K] and bool [B]; None where rows never give a slot up.
     """
     batch, heads = key.shape[:2]
+    kernel = append_kernel(key.device, key.dtype) if key.is_cuda else None
+    if kernel is not None:
+        kernel((table["key"], table["value"], table["position"]), key, value, tokens, used,
+               released, hole)  # fmt: skip
+        if len(table) == 3:
+            return
     cursor = used[:, None].expand(batch, heads)
     if released is not None and hole is not None:
         cursor = torch.where(hole[:, None], released, cursor)
@@ -47,6 +53,8 @@ def append_slots(
     new = {"key": key, "value": value, "position": position}
     for name, tensor in table.items():
         source = new.get(name)
+        if source is not None and kernel is not None:
+            continue
         if source is None:
             source = tensor.new_zeros(batch, heads, 1, *tensor.shape[3:])
         index = cursor.view(batch, heads, 1, *[1] * (tensor.dim() - 3)).expand_as(source)
@@ -153,6 +161,49 @@ def _error(
     )
     error = (found.double() - exact).abs().max()
     return float(error.nan_to_num(nan=float("inf")))
+
+
+@cache
+def append_kernel(device: torch.device, dtype: torch.dtype) -> Callable[..., None] | None:
+    """Return the kernel that appends a token if it writes a small case rightly, else None."""
+    try:
+        from kvdock.kernels.step_triton import append
+
+        right = _appends(append, device, dtype)
+    except Exception as failure:
+        _log.info("decode appends by scatters: %s: %s", type(failure).__name__, failure)
+        return None
+    if not right:
+        _log.warning("decode appends by scatters: the kernel got a small case wrong")
+    return append if right else None
+
+
+def _appends(append: Callable[..., None], device: torch.device, dtype: torch.dtype) -> bool:
+    """Say whether a kernel writes what the scatters write, with and without slots given up."""
+    cpu = torch.device("cpu")
+    generator = torch.Generator().manual_seed(0)
+    widths = {"key": (24,), "value": (16,), "position": ()}
+    key, value = (torch.randn(3, 2, 1, n, generator=generator).to(dtype) for n in (24, 16))
+    tokens, used = torch.tensor([70, 80, 90]), torch.tensor([4, 0, 2])
+    given_up = torch.tensor([[1, 2], [0, 0], [1, 0]]), torch.tensor([True, False, True])
+    for released, hole in ((None, None), given_up):
+        arguments = (key, value, tokens, used, released, hole)
+        tables = []
+        for place in (cpu, device):
+            table = {
+                name: torch.full((3, 2, 5, *width), -1, dtype=dtype if width else torch.int32)
+                for name, width in widths.items()
+            }
+            table = {name: tensor.to(place) for name, tensor in table.items()}
+            moved = [None if x is None else x.to(place) for x in arguments]
+            if place is cpu:
+                append_slots(table, *moved)  # type: ignore[arg-type]
+            else:
+                append(tuple(table.values()), *moved)
+            tables.append(table)
+        if not all(torch.equal(tables[0][name], tables[1][name].cpu()) for name in widths):
+            return False
+    return True
 
 
 _streams: dict[tuple[torch.device, int], Tensor] = {}
