@@ -48,6 +48,11 @@ def fit_sample(
     if length == OWN_LENGTH:
         sample = replace(task.build(1, key, args, data), index=index)
         return Fitted(sample, prompter.render(sample), 1, fit=True)
+    if data.sources.compat == "ruler":
+        sample, units, fit = prompter.official.sample(
+            task, index, length=length, seed=seed, prompter=prompter, data=data
+        )
+        return Fitted(sample, prompter.render(sample), units, fit)
     room = length - prompter.config.max_new_tokens(task)
     low, high = task.units(length, args, data)
 

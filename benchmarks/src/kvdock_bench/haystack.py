@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import lzma
 from bisect import bisect_left
 from importlib import resources
@@ -75,11 +76,21 @@ def load_haystack(source: str) -> Haystack:
         packed = resources.files("kvdock_bench") / "resources" / "pride_and_prejudice.txt.xz"
         text = lzma.decompress(packed.read_bytes()).decode()
         return Haystack(text, "offline substitute: Austen, Pride and Prejudice")
+    return Haystack(read_text(source), f"user file: {Path(source).name}")
+
+
+def read_text(source: str) -> str:
+    """Return the text of "file:PATH"; of a .json file, as RULER's essays come in, its "text"."""
     path = Path(source.removeprefix("file:")).expanduser()
     try:
-        return Haystack(path.read_text(encoding="utf-8"), f"user file: {path.name}")
-    except (OSError, UnicodeDecodeError) as err:
+        text = path.read_text(encoding="utf-8")
+        if path.suffix == ".json":
+            text = json.loads(text)["text"]
+            if not isinstance(text, str):
+                raise ValueError("its 'text' is not a text")
+    except (OSError, ValueError, KeyError, TypeError) as err:
         raise BenchError(
             f"data.haystack: cannot read {str(path)!r} as UTF-8 text ({err}). "
             "Write 'austen' or the path of a readable text file after 'file:'."
         ) from err
+    return text

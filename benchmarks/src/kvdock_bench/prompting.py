@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import TemplateError
 
 from kvdock_bench.errors import BenchError
+from kvdock_bench.official_fit import OfficialFits
 
 if TYPE_CHECKING:
     from kvdock_bench.schema import BenchConfig
@@ -38,6 +39,7 @@ class Prompter:
         self.config = config
         self._template = _load_template(tokenizer, config.template)
         self._cut_first = config.suite.cut_first
+        self.official = OfficialFits()
 
     @property
     def template_id(self) -> str:
@@ -62,6 +64,10 @@ class Prompter:
         head = self._encode(text[:at], raw)
         tail = list(self.tokenizer(text[at:], add_special_tokens=False)["input_ids"])
         return text, head + tail, len(tail)
+
+    def text(self, sample: Sample) -> str:
+        """Return the whole prompt's text, before any cut."""
+        return self._text(sample)[0]
 
     def render(self, sample: Sample) -> Prompt:
         """Return the prompt, its middle cut out where it exceeds max_length."""

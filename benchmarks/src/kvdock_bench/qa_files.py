@@ -60,14 +60,62 @@ class FileQuestions:
                 yield [document]
 
 
+@dataclass(frozen=True, slots=True)
+class OfficialQuestions:
+    """Questions in the order of their file, their documents by place among all, sorted, distinct.
+
+    Args:
+        asked: text, answers, the question's own documents, and those of the same article.
+    """
+
+    hops: int
+    asked: list[tuple[str, tuple[str, ...], list[int], list[int]]]
+    documents: list[str]
+
+
+def load_official(source: str) -> OfficialQuestions:
+    """Load "file:PATH" as RULER's scripts do: repeated answers and documents stay."""
+    path, content, _ = _load(source)
+    try:
+        if isinstance(content, dict):
+            return _official_squad(content)
+        return _official_hotpot(content)
+    except (KeyError, TypeError, ValueError) as err:
+        raise _wrong_layout(path) from err
+
+
+def _official_squad(content: dict[str, Any]) -> OfficialQuestions:
+    articles = [article["paragraphs"] for article in content["data"]]
+    documents = sorted({paragraph["context"] for article in articles for paragraph in article})
+    places = {text: place for place, text in enumerate(documents)}
+    asked = []
+    for article in articles:
+        near = [places[paragraph["context"]] for paragraph in article]
+        for paragraph in article:
+            own = places[paragraph["context"]]
+            others = [place for place in near if place != own]
+            asked += [
+                (item["question"], tuple(a["text"] for a in item["answers"]), [own], others)
+                for item in paragraph["qas"]
+                if not item["is_impossible"]
+            ]
+    return OfficialQuestions(1, asked, documents)
+
+
+def _official_hotpot(content: list[Any]) -> OfficialQuestions:
+    texts = [[f"{title}\n{''.join(lines)}" for title, lines in item["context"]] for item in content]
+    documents = sorted({text for group in texts for text in group})
+    places = {text: place for place, text in enumerate(documents)}
+    asked: list[tuple[str, tuple[str, ...], list[int], list[int]]] = [
+        (item["question"], (item["answer"],), [places[text] for text in group], [])
+        for item, group in zip(content, texts, strict=True)
+    ]
+    return OfficialQuestions(2, asked, documents)
+
+
 def load_questions(source: str) -> FileQuestions:
     """Load "file:PATH" and tell the two layouts apart by their shape."""
-    path = Path(source.removeprefix("file:")).expanduser()
-    try:
-        raw = path.read_bytes()
-        content = json.loads(raw)
-    except (OSError, ValueError) as err:
-        raise BenchError(f"data.qa: cannot read {str(path)!r} as json ({err}).") from err
+    path, content, raw = _load(source)
     try:
         hops = 1 if isinstance(content, dict) else 2
         entries = list(_squad(content) if hops == 1 else _hotpot(content))
@@ -76,6 +124,15 @@ def load_questions(source: str) -> FileQuestions:
     if not entries:
         raise _wrong_layout(path)
     return FileQuestions(hops, entries, path.name, hashlib.sha256(raw).hexdigest())
+
+
+def _load(source: str) -> tuple[Path, Any, bytes]:
+    path = Path(source.removeprefix("file:")).expanduser()
+    try:
+        raw = path.read_bytes()
+        return path, json.loads(raw), raw
+    except (OSError, ValueError) as err:
+        raise BenchError(f"data.qa: cannot read {str(path)!r} as json ({err}).") from err
 
 
 def _wrong_layout(path: Path) -> BenchError:

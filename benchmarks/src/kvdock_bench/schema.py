@@ -80,7 +80,8 @@ class Generation(_Section):
 class DataSources(_Section):
     """Where texts come from; `qa` takes one file or several (SQuAD v2 and HotpotQA json).
 
-    `longbench` is a folder of the task's files, or "hub".
+    `longbench` is a folder of the task's files, or "hub". `compat: ruler` makes RULER's prompts as
+    its own scripts do.
     """
 
     haystack: Annotated[str, _source("austen")] = "austen"
@@ -88,6 +89,7 @@ class DataSources(_Section):
         "synthetic",
     )
     longbench: Annotated[str, _source("hub")] | None = None
+    compat: Literal["native", "ruler"] = "native"
 
 
 class JsonlFile(_Section):

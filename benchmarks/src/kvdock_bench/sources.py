@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from kvdock_bench.haystack import Haystack, load_haystack
+from kvdock_bench.errors import BenchError
+from kvdock_bench.haystack import Haystack, load_haystack, read_text
 from kvdock_bench.longbench_files import LongBenchFiles
 from kvdock_bench.people import SyntheticQuestions
-from kvdock_bench.qa_files import Questions, load_questions
+from kvdock_bench.qa_files import OfficialQuestions, Questions, load_official, load_questions
 
 if TYPE_CHECKING:
     from kvdock_bench.schema import DataSources
@@ -37,6 +39,26 @@ class TaskData:
         return made_up | {collection.hops: collection for collection in files}
 
     @cached_property
+    def essays(self) -> list[str]:
+        """Return the words of the essays as RULER's scripts cut them."""
+        if self.sources.haystack == "austen":
+            raise BenchError(
+                "data.compat: ruler needs RULER's essays. Set data.haystack to "
+                "'file:PaulGrahamEssays.json', the file that its download script makes."
+            )
+        return re.sub(r"\s+", " ", read_text(self.sources.haystack)).split(" ")
+
+    def official_questions(self, hops: int) -> OfficialQuestions:
+        """Return questions and documents as RULER's scripts read them."""
+        for source in self.sources.qa:
+            if source != "synthetic":
+                questions = load_official(source)
+                if questions.hops == hops:
+                    return questions
+        name = "SQuAD's dev-v2.0.json" if hops == 1 else "HotpotQA's hotpot_dev_distractor_v1.json"
+        raise BenchError(f"data.compat: ruler needs {name}. Add it to data.qa as 'file:PATH'.")
+
+    @cached_property
     def longbench(self) -> LongBenchFiles:
         """Return LongBench's rows."""
         return LongBenchFiles(self.sources.longbench)
@@ -55,10 +77,12 @@ class TaskData:
                 hashes[task.name] = self.qa(hops).sha256
             if digest := getattr(task, "digest", None):
                 hashes[task.name] = digest(self)
+        compat = {} if self.sources.compat == "native" else {"compat": self.sources.compat}
         return {
             "generator": GENERATOR,
             "tasks": {task.name: task.data_source(self) for task in tasks},
             "sha256": hashes,
+            **compat,
         }
 
 

@@ -6,7 +6,8 @@ Prompt wording and task parameters follow RULER (Hsieh et al., COLM 2024, https:
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from kvdock_bench.tasks.base import Args, Range, Sample, SampleKey, check_args
@@ -55,17 +56,27 @@ class CommonWords:
         key.rng("words").shuffle(words)
         example, words = words[:_KEPT_FOR_EXAMPLE], words[_KEPT_FOR_EXAMPLE:]
         common, rare = words[:n_common], words[n_common : n_common + n_units]
-        context = _intro(_numbered(common * often + rare * seldom, key.rng("order")))
-        question = f"Question: What are the {n_common} most common words in the above list?"
-        prefix = f" Answer: The top {n_common} words that appear most often in the list are:"
+        main = _numbered(common * often + rare * seldom, key.rng("order"))
+        listed = ""
+        shown: list[str] = []
         if one_shot:
             often_shown, seldom_shown, n_rare = (10, 3, 30) if key.length >= 4096 else (3, 1, 10)
             shown, filler = example[:n_common], example[n_common : n_common + n_rare]
             listed = _numbered(shown * often_shown + filler * seldom_shown, key.rng("example"))
-            answer = " ".join(f"{place}. {word}" for place, word in enumerate(shown, 1))
-            context = f"{_intro(listed)}\n{question}{prefix} {answer}\n{context}"
         meta = {"freq_cw": often, "freq_ucw": seldom, "one_shot": one_shot, "args": dict(args)}
-        return Sample(self.name, 0, context, question, prefix, tuple(common), meta)
+        return replace(self.worded(listed, shown, main, common), meta=meta)
+
+    def worded(
+        self, example: str, shown: Sequence[str], listed: str, common: Sequence[str]
+    ) -> Sample:
+        """Put RULER's words around a numbered list, after a worked example if there is one."""
+        question = f"Question: What are the {len(common)} most common words in the above list?"
+        prefix = f" Answer: The top {len(common)} words that appear most often in the list are:"
+        context = _intro(listed)
+        if example:
+            answer = " ".join(f"{place}. {word}" for place, word in enumerate(shown, 1))
+            context = f"{_intro(example)}\n{question}{prefix} {answer}\n{context}"
+        return Sample(self.name, 0, context, question, prefix, tuple(common))
 
     def data_source(self, data: TaskData) -> str:
         """The words are those RULER uses."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import string
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from kvdock_bench.tasks.base import Args, Range, Sample, SampleKey, check_args
@@ -54,17 +54,21 @@ class FrequentWords:
         counts[0] += fill
         text = [word for word, n in zip(words, counts, strict=True) for _ in range(n)]
         key.rng("order").shuffle(text)
+        meta = {"counts": counts[:6], "args": dict(args)}
+        return replace(self.worded(" ".join(text), tuple(words[1:4])), meta=meta)
+
+    def worded(self, text: str, references: tuple[str, ...]) -> Sample:
+        """Put RULER's words around a coded text."""
         return Sample(
             task=self.name,
             index=0,
             context="Read the following coded text and track the frequency of each coded word."
-            f" Find the three most frequently appeared coded words. {' '.join(text)}",
+            f" Find the three most frequently appeared coded words. {text}",
             question="Question: Do not provide any explanation. Please ignore the dots '....'. What"
             " are the three most frequently appeared words in the above coded text?",
             answer_prefix=" Answer: According to the coded text above, the three most frequently"
             " appeared words are:",
-            references=tuple(words[1:4]),
-            meta={"counts": counts[:6], "args": dict(args)},
+            references=references,
         )
 
     def data_source(self, data: TaskData) -> str:

@@ -70,29 +70,31 @@ class Niah:
         asked = list(dict.fromkeys(name for name, _ in needles))[:n_queries]
         references = tuple(value for name, value in needles if name in asked)
         key.rng("order").shuffle(needles)
-        lines = [self._sentence(*needle) for needle in needles]
+        lines = [self.sentence(*needle) for needle in needles]
         if self.haystack == "essay":
             context, depths = _hide_in_prose(lines, data.haystack.take(n_units), key.rng("depth"))
         else:
             hay = [NOISE] * n_units
             if self.haystack == "needles":
                 # The same stream as the needles' own: no distractor repeats a key or a value.
-                hay = [self._sentence(*next(pairs)) for _ in range(n_units)]
+                hay = [self.sentence(*next(pairs)) for _ in range(n_units)]
             context, depths = _hide_in_lines(lines, hay, key.rng("depth"))
             context += padding(fill)
         meta = {"depths": depths, "keys": asked, "args": dict(args)}
-        return self._sample(context, asked, references, meta)
+        return self.worded(context, asked, references, meta)
 
     def data_source(self, data: TaskData) -> str:
         """Name the haystack's text."""
         return data.haystack.label if self.haystack == "essay" else "as RULER: generated"
 
-    def _sentence(self, name: str, value: str) -> str:
+    def sentence(self, name: str, value: str) -> str:
+        """Return the needle of a key and a value."""
         return f"One of the special magic {self.value_kind} for {name} is: {value}."
 
-    def _sample(
+    def worded(
         self, context: str, asked: list[str], references: tuple[str, ...], meta: dict[str, Any]
     ) -> Sample:
+        """Put RULER's words around a haystack and the keys asked for."""
         query = ", ".join(asked[:-1]) + ", and " + asked[-1] if len(asked) > 1 else asked[0]
         one = len(references) == 1
         kind = self.value_kind[:-1] if one else self.value_kind

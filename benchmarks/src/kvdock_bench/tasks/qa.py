@@ -6,7 +6,7 @@ Prompt wording and task parameters follow RULER (Hsieh et al., COLM 2024, https:
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, islice
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -54,15 +54,19 @@ class DocumentQA:
         n_others = len(documents)
         for depth, gold in sorted(zip(depths, question.gold, strict=True), reverse=True):
             documents.insert(int(depth * (n_others + 1)), gold)
+        meta = {"documents": len(documents), "depths": [round(d, 4) for d in depths]}
+        return replace(self.worded(documents, question.text, question.answers), meta=meta)
+
+    def worded(self, documents: list[str], question: str, answers: tuple[str, ...]) -> Sample:
+        """Put RULER's words around documents and a question."""
         listed = "\n\n".join(f"Document {i}:\n{text}" for i, text in enumerate(documents, 1))
         return Sample(
             task=self.name,
             index=0,
             context=f"{_TASK}\n\nThe following are given documents.\n\n{listed}\n\n{_TASK}\n",
-            question=f"Question: {question.text}",
+            question=f"Question: {question}",
             answer_prefix=" Answer:",
-            references=question.answers,
-            meta={"documents": len(documents), "depths": [round(d, 4) for d in depths]},
+            references=answers,
         )
 
     def data_source(self, data: TaskData) -> str:

@@ -83,12 +83,16 @@ def _problem(
         lines += [statement for position, statement in placed if position == block]
         lines += [NOISE] if block < n_blocks else []
     answer = chains[0]
+    return *worded("\n".join(lines), values[0], len(answer)), answer
+
+
+def worded(haystack: str, value: int, n_names: int) -> tuple[str, str, str]:
+    """Put RULER's words around a haystack: context, question and answer prefix."""
     return (
         "Memorize and track the chain(s) of variable assignment hidden in the following text.\n\n"
-        + "\n".join(lines),
-        f"Question: Find all variables that are assigned the value {values[0]} in the text above.",
+        + haystack,
+        f"Question: Find all variables that are assigned the value {value} in the text above.",
         # RULER's own spelling, kept because the model reads it.
         " Answer: According to the chain(s) of variable assignment in the text above, "
-        f"{len(answer)} variables are assgined the value {values[0]}, they are:",
-        answer,
+        f"{n_names} variables are assgined the value {value}, they are:",
     )
