@@ -149,6 +149,37 @@ def demo(session: nox.Session) -> None:
     session.run("kvdock", "bench", *settings, *methods, *options, *session.posargs)
 
 
+@nox.session(name="vllm-env", venv_backend="uv", default=False, reuse_venv=True)
+def vllm_env(session: nox.Session) -> None:
+    """Make vLLM's environment, for `kvdock bench --server vllm`; `-- gpu` for NVIDIA GPUs."""
+    kind = "gpu" if "gpu" in session.posargs else "cpu"
+    folder = ROOT / "envs" / "vllm"
+    pinned = ["-c", f"{folder}/{kind}-constraints.txt", "-r", f"{folder}/{kind}.in"]
+    if kind == "cpu":
+        pinned += ["--override", f"{folder}/cpu-overrides.txt"]
+        if "UV_FIND_LINKS" not in os.environ:
+            pinned += ["--torch-backend", "cpu"]
+    session.install(*pinned)
+    session.log(f"kvdock bench finds {session.bin}/python here; elsewhere: --vllm_python")
+
+
+@nox.session(default=False, reuse_venv=True, requires=["vllm-env"])
+def vllm(session: nox.Session) -> None:
+    """Compare vLLM's greedy answers with transformers' on the same prompts, for real."""
+    install(session, "general", *group("test"))
+    session.run("pytest", "-m", "vllm", "benchmarks/tests/runner")
+
+
+@nox.session(default=False, reuse_venv=True)
+def harness(session: nox.Session) -> None:
+    """Run lm-eval's tasks through the bridge, offline."""
+    # without constraints: its dependencies need older releases than the benchmarks' own
+    editable = [part for folder in packages_of("general") for part in ("-e", str(folder))]
+    pinned = ("-r", f"{ROOT}/envs/general/requirements.in", "-e", "benchmarks[lm-eval]")
+    session.install(*pinned, *editable, *group("test"))
+    session.run("pytest", "-m", "harness", "benchmarks/tests/harness", *session.posargs)
+
+
 @nox.session(default=False)
 def docs(session: nox.Session) -> None:
     """Write the README's table of methods from the plugins' records."""
@@ -166,11 +197,7 @@ def latest(session: nox.Session) -> None:
 
 
 def compile_pins(session: nox.Session, environment: str, target: Path) -> None:
-    """Write the pins of an environment to `target`; pins already there stay where they can.
-
-    The process gets almost no variables, because a folder of wheels or another index named in
-    one of them would leave its traces in the file.
-    """
+    """Write the pins of an environment to `target`; pins already there stay where they can."""
     requirements = [*group("test")]
     for folder in packages_of(environment):
         project = metadata(folder)["project"]
@@ -179,13 +206,21 @@ def compile_pins(session: nox.Session, environment: str, target: Path) -> None:
     ours = Path(session.create_tmp()) / "project.in"
     third_party = sorted({line for line in requirements if not line.startswith("kvdock")})
     ours.write_text("\n".join(third_party) + "\n")
-    kept = ("PATH", "HOME", "SSL_CERT_FILE", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "TMPDIR")
     folder = ROOT / "envs" / environment
+    compile_file(session, target, f"{folder}/requirements.in", f"{folder}/gpu.in", str(ours))
+
+
+def compile_file(session: nox.Session, target: Path, *arguments: str) -> None:
+    """Compile requirements to `target`.
+
+    The process gets almost no variables, because a folder of wheels or another index named in
+    one of them would leave its traces in the file.
+    """
+    kept = ("PATH", "HOME", "SSL_CERT_FILE", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "TMPDIR")
     session.run(
         *("uv", "pip", "compile", "--quiet", "--no-config", "--no-header", "--no-annotate"),
         *("--python-version", "3.11", "--python-platform", "linux"),
-        *("--output-file", str(target), *session.posargs),
-        *(f"{folder}/requirements.in", f"{folder}/gpu.in", str(ours)),
+        *("--output-file", str(target), *session.posargs, *arguments),
         env={name: os.environ[name] for name in kept if name in os.environ},
         include_outer_env=False,
         silent=True,
@@ -211,6 +246,17 @@ def lock_check(session: nox.Session, environment: str) -> None:
     compile_pins(session, environment, fresh)
     if fresh.read_text() != committed.read_text():
         session.error(f"{committed} is out of date; run: nox -s lock")
+
+
+@nox.session(name="lock-vllm", default=False, tags=["lock"])
+@nox.parametrize("kind", ["cpu", "gpu"])
+def lock_vllm(session: nox.Session, kind: str) -> None:
+    """Compile the constraints of vLLM's environment."""
+    session.install("uv")
+    folder = ROOT / "envs" / "vllm"
+    overrides = ["--override", f"{folder}/cpu-overrides.txt"] if kind == "cpu" else []
+    target = folder / f"{kind}-constraints.txt"
+    compile_file(session, target, f"{folder}/{kind}.in", *overrides)
 
 
 @nox.session(default=False, tags=["package"])

@@ -51,6 +51,16 @@ def test_test_tools_are_pinned_and_no_vision_package_is_let_in(name):
     assert not {"torchvision", "torchaudio"} & set(pins(name))
 
 
+@pytest.mark.parametrize("kind", ["cpu", "gpu"])
+def test_vllm_is_pinned_apart_from_the_rest(kind):
+    pinned = dict(line.split("==") for line in lines("vllm", f"{kind}-constraints.txt"))
+    asked = dict(line.split("==") for line in lines("vllm", f"{kind}.in") if "==" in line)
+    assert asked
+    assert {key: pinned[key] for key in asked} == asked
+    assert pinned["torch"] == pins("general")["torch"]
+    assert ("torchvision" in pinned) is (kind == "gpu")
+
+
 def test_this_process_runs_in_one_of_the_environments_or_none():
     """Where a pinned transformers is installed, everything else that is pinned agrees with it."""
     try:
