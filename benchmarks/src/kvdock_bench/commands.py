@@ -211,8 +211,19 @@ def report(
     raise typer.Exit(code)
 
 
+def lm_eval(context: typer.Context) -> None:
+    """Run lm-eval with the model `kvdock` among its models; all arguments are lm-eval's."""
+    from kvdock_bench.harness.command import main
+
+    main(context.args)
+
+
+_PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+
+
 @hookimpl
 def kvdock_commands(app: Any) -> None:
-    """Add `bench` and `report` to the command line."""
+    """Add `bench`, `report` and `lm-eval` to the command line."""
     app.command("bench", cls=_SeveralValues)(bench)
     app.command("report")(report)
+    app.command("lm-eval", context_settings=_PASSED_ON)(lm_eval)

@@ -1,0 +1,1 @@
+"""The bridge to lm-eval: its tasks, answered with a compressed cache."""
