@@ -41,7 +41,7 @@ class Tile:
     copies: bool = False
 
 
-SUM_TILE = Tile(keys=128, queries=64, warps=4, stages=3)
+SUM_TILE = Tile(keys=128, queries=64, warps=4, stages=3, copies=True)
 LSE_TILE = Tile(keys=128, queries=128, warps=8, stages=2, registers=128)
 
 
