@@ -138,6 +138,16 @@ def kernels(session: nox.Session) -> None:
     session.run("pytest", "-m", "interpret", *folders, *session.posargs)
 
 
+@nox.session(default=False, reuse_venv=True, tags=["test"])
+def browser(session: nox.Session) -> None:
+    """Check the reports in headless Chromium: the system's, or the one KVDOCK_CHROMIUM names."""
+    names = ("chromium", "chromium-browser", "google-chrome")
+    if not (os.environ.get("KVDOCK_CHROMIUM") or any(map(shutil.which, names))):
+        session.error("No chromium found: install it (Debian: chromium) or set KVDOCK_CHROMIUM.")
+    install(session, "general", *group("test", "browser"))
+    session.run("pytest", "benchmarks/tests/report/test_browser.py", *session.posargs)
+
+
 @nox.session(default=False, reuse_venv=True)
 def demo(session: nox.Session) -> None:
     """Compare SnapKV and StreamingLLM with the full cache on a small real model, in minutes."""

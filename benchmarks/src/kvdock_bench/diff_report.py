@@ -15,7 +15,7 @@ from kvdock_bench.summary import Cost
 from kvdock_bench.tables import Table, length_name, score_text, size
 
 DIFF_PAGE = "diff.html"
-_HEAD = ["Method", "Length", "Of", "Before", "After", "Difference [95 %]", "p", "Verdict"]
+_HEAD = ["Method", "Verdict", "Length", "Of", "Difference [95 %]", "Before", "After", "p"]
 
 
 def diff_lead(found: Diff) -> str:
@@ -89,13 +89,13 @@ def _table(title: str, changes: Sequence[Change], note: str = "") -> Table:
     rows = [
         [
             change.label,
+            change.verdict,
             "all" if change.length is None else length_name(change.length),
             change.what,
+            _difference(change),
             score_text(change.before),
             score_text(change.after),
-            _difference(change),
             _p(change.p),
-            change.verdict,
         ]
         for change in changes
     ]
