@@ -11,6 +11,7 @@ from kvdock_bench.tables import Table, length_name, size
 def cost_tables(summary: Summary) -> list[Table]:
     """Return one table per measure, rows by length."""
     measures: dict[str, Callable[[Cost], str]] = {
+        "Perplexity": lambda cost: _number(cost.perplexity, "{:.3f}"),
         "Time to first token (s)": lambda cost: _number(cost.ttft_s, "{:.3f}"),
         "Time per token (ms)": lambda cost: _number(cost.ms_per_token, "{:.1f}"),
         "Peak memory allocated on the device": lambda cost: size(cost.peak_bytes),

@@ -15,7 +15,10 @@ from kvdock_bench.summary import Cost, Summary
 _COLUMN = ("benchmark", "run", "key", "method", "budget")
 _SCORE = ("status", "score", "standard_error", "n", "planned")
 _PAIRED = ("difference", "low", "high", "p", "within_noise")
-_COST = ("ttft_s", "ms_per_token", "peak_bytes", "kv_bytes", "kv_ratio", "prompt_tokens")
+_COST = (
+    *("ttft_s", "ms_per_token", "peak_bytes", "kv_bytes", "kv_ratio"),
+    *("prompt_tokens", "perplexity"),
+)
 
 
 def csv_files(summaries: Sequence[Summary]) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from kvdock_bench.columns import Board
@@ -27,15 +28,16 @@ class DepthMap:
     cells: list[list[tuple[float, int] | None]]
 
 
-def depth_maps(board: Board) -> list[DepthMap]:
-    """Return a map per column, none when the records do not say where their needles lie.
+def depth_maps(board: Board, tasks: Collection[str]) -> list[DepthMap]:
+    """Return a map per column over some tasks, none when no record says where its needle lies.
 
     Answers about several needles are left out: their score does not tell which one was missed.
     """
     found = {
         column.key: [
             (depth, record.length, record.score)
-            for cell in column.cells.values()
+            for (_, task), cell in column.cells.items()
+            if task in tasks
             for record in cell
             if record.score is not None and (depth := _depth(record)) is not None
         ]
@@ -63,8 +65,8 @@ def depth_maps(board: Board) -> list[DepthMap]:
 
 
 def _depth(record: Record) -> float | None:
-    depths = record.meta.get("depths")
-    return float(depths[0]) if isinstance(depths, list) and len(depths) == 1 else None
+    depths = record.meta.get("depths", [record.meta.get("depth")])
+    return float(depths[0]) if len(depths) == 1 and depths[0] is not None else None
 
 
 def _bin_names() -> list[str]:

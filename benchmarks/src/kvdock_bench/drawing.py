@@ -44,18 +44,19 @@ def looks(columns: Sequence[Column]) -> dict[str, Look]:
 
     Columns that differ in their budget or their run only share colour and differ in the marker.
     """
-    families: dict[tuple[Any, ...], list[str]] = {}
+    families: dict[tuple[Any, ...], int] = {}
+    places: list[tuple[Any, ...]] = []
     found = {}
     for column in columns:
-        family = families.setdefault(_family(column), [])
-        family.append(column.key)
-        full = [name for name in families if not name[0]]
-        place = list(families).index(_family(column)) - len(full)
-        step = len(family) - 1
+        family = _family(column)
+        step = families[family] = families.get(family, -1) + 1
+        if not column.is_full and family not in places:
+            places.append(family)
+        place = -1 if column.is_full else places.index(family)
         found[column.key] = {
             "label": column.label,
             "color": INK if column.is_full else COLOURS[place % len(COLOURS)],
-            "marker": MARKERS[(place + 1 + step if not column.is_full else step) % len(MARKERS)],
+            "marker": MARKERS[(place + 1 + step) % len(MARKERS)],
             "linestyle": "--" if column.is_full else "-",
             "linewidth": 1.6,
             "markersize": 6,
@@ -114,4 +115,4 @@ def to_svg(figure: Figure, title: str, legend_columns: int) -> str:
 
 def _family(column: Column) -> tuple[Any, ...]:
     options = {name: dict(values) for name, values in column.method.options.items()}
-    return column.method.ids, repr(options)
+    return column.is_full, column.method.server, column.method.ids, repr(options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -19,7 +20,11 @@ ALL = "all"
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """Means over the samples of a method at one length; the peak is a maximum."""
+    """Means over the samples of a method at one length; the peak is a maximum.
+
+    Args:
+        perplexity: of the words that a likelihood task judges; None where there is none.
+    """
 
     ttft_s: float | None
     ms_per_token: float | None
@@ -27,6 +32,7 @@ class Cost:
     kv_bytes: float | None
     kv_ratio: float | None
     prompt_tokens: float | None
+    perplexity: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +117,8 @@ class Summary:
 def summarise(board: Board) -> Summary:
     """Reduce the records of a board."""
     lengths, tasks, groups = board.lengths, board.tasks, groups_of(board.benchmark, board.tasks)
-    result = Summary(board, groups, {}, {}, {}, {}, {}, {}, depth_maps(board), {}, {})
+    depths = depth_maps(board, next(iter(groups.values())))
+    result = Summary(board, groups, {}, {}, {}, {}, {}, {}, depths, {}, {})
     for column in board.columns:
         key = column.key
         base = board.column(column.base).cells if column.base else {}
@@ -154,7 +161,7 @@ def groups_of(benchmark: str, tasks: Sequence[str]) -> dict[str, tuple[str, ...]
     except BenchError:
         # a suite of the user's own files, or of a package that is not here
         return groups
-    members = suite.groups.get(suite.default, ())
+    members = suite.groups.get(suite.default, (suite.default,))
     if suite.default != ALL and set(members) < set(tasks):
         return {suite.default: tuple(task for task in tasks if task in members), **groups}
     return groups
@@ -164,6 +171,9 @@ def _cost(records: Sequence[Record]) -> Cost:
     timings = [record.timings for record in records if record.timings]
     memory = [record.memory for record in records if record.memory]
     peaks = [use.peak_alloc_bytes for use in memory if use.peak_alloc_bytes is not None]
+    # tasks that judge the same words in two ways hold the same likelihood
+    likelihoods = {r.prompt_sha: r.meta["nll"] for r in records if r.meta.get("nll") is not None}
+    nll = _mean(list(likelihoods.values()))
     per_token = [1e3 * times.tpot_s for times in timings if times.tpot_s is not None]
     return Cost(
         ttft_s=_mean([times.ttft_s for times in timings]),
@@ -172,6 +182,7 @@ def _cost(records: Sequence[Record]) -> Cost:
         kv_bytes=_mean([use.kv_bytes for use in memory]),
         kv_ratio=_mean([use.kv_ratio for use in memory]),
         prompt_tokens=_mean([record.n_prompt_tokens for record in records]),
+        perplexity=None if nll is None else math.exp(nll),
     )
 
 

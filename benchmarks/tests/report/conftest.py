@@ -98,8 +98,9 @@ def make_run(folder: Path, made: Making) -> Path:
 
 
 def _record(made, config, length, task, index, rng):
-    full = length * 46080
-    share = 1.0 if config.is_full else (128 / length if config.budget else 0.2)
+    held = length or 256
+    full = held * 46080
+    share = 1.0 if config.is_full else (128 / held if config.budget else 0.2)
     return Record(
         key=f"{made.seed}-{config.method_id}-{length}-{task}-{index}",
         method_id=config.method_id,

@@ -1,12 +1,15 @@
 """Numbers of a report: groups, statuses, noise, depths."""
 
+import json
+import math
 from dataclasses import replace
 
 import pytest
 
 from kvdock_bench.accuracy_tables import main_table
 from kvdock_bench.columns import make_board
-from kvdock_bench.methods import FULL_CACHE, MethodConfig
+from kvdock_bench.drawing import looks
+from kvdock_bench.methods import FULL_CACHE, VLLM, MethodConfig
 from kvdock_bench.page import make_chapter
 from kvdock_bench.runs import load_run
 from kvdock_bench.statistics import false_discovery, sign_flip_p
@@ -101,6 +104,47 @@ def test_depths_are_mapped_by_tenths(two, summary):
     assert sum(cell[1] for row in full.cells for cell in row if cell) == 120
     assert {cell[0] for row in full.cells for cell in row if cell} == {100.0}
     assert {cell[0] for row in other.cells for cell in row if cell} == {0.0}
+
+
+def test_a_grid_of_depths_keeps_its_depths(two, make):
+    folder = make(replace(two, benchmark="NIAH", tasks=("needle", "needle_rouge"), samples=3))
+    for path in (folder / "pred").glob("*/*.jsonl"):
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        for line in lines:
+            line["meta"] = {"depth": line["index"] / 2}
+            line["score"] = float("rouge" not in path.name)
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = summarise(make_board([load_run(folder)]))
+    assert list(found.groups) == ["needle", "all"]
+    assert found.depths[0].rows == ("0%", "50%", "100%")
+    # the same prompts scored in another way are not mixed in
+    assert found.depths[0].cells == [[(100.0, 1)] * 2] * 3
+
+
+def test_likelihoods_become_a_perplexity(two, make):
+    folder = make(replace(two, benchmark="perplexity", tasks=("perplexity", "next_token")))
+    for path in (folder / "pred").glob("*/*.jsonl"):
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        for line in lines:
+            line["meta"] = {"nll": 1.0 + (line["index"] % 2)}
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    chapter = make_chapter(summarise(make_board([load_run(folder)])))
+    table = next(table for table in chapter.sides if table.title == "Perplexity")
+    assert table.rows[0][:2] == ["512", f"{math.exp(1.5):.3f}"]
+
+
+def test_a_server_is_compared_with_the_full_cache(two, summary):
+    found = summary(replace(two, methods=(FULL_CACHE, VLLM)))
+    assert found.board.column("vllm").base == "full"
+    assert found.paired["vllm", None, "all"].n == 32
+    styles = looks(found.board.columns)
+    assert styles["vllm"]["color"] != styles["full"]["color"]
+
+
+def test_prompts_of_their_own_length_have_no_axis(two, summary):
+    found = make_chapter(summary(replace(two, benchmark="mine", lengths=(0,))))
+    assert found.main.rows[0][0] == "own (n=16)"
+    assert [plot.name for plot in found.plots] == ["pareto-0"]
 
 
 def test_other_prompts_are_not_paired(two, make):
