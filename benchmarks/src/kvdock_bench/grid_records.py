@@ -52,7 +52,8 @@ def read_grid(
         if sum(other.label == method.label for other in found.values()) > 1
     }
     methods = {}
-    for method in sorted(found.values(), key=lambda m: (not m.is_full, int(m.budget or 0))):
+    # by budget, slots before shares, as the grid's own tables stand
+    for method in sorted(found.values(), key=lambda m: (not m.is_full, _size(m.budget))):
         label = f"{method.label} {method.budget}" if method.ids in several else method.label
         methods[method.method_id] = MethodConfig(label, method.ids, method.budget, method.options)
     try:
@@ -61,6 +62,13 @@ def read_grid(
         return _layout(info), methods, records
     except (KeyError, TypeError) as error:
         raise BenchError(f"{folder} does not hold a grid of this version ({error!r}).") from error
+
+
+def _size(budget: str | None) -> tuple[str, float]:
+    number = re.match(r"[0-9.]+", budget or "")
+    if budget is None or number is None:
+        return budget or "", 0.0
+    return budget[number.end() :], float(number[0])
 
 
 def _method(line: dict[str, Any]) -> MethodConfig:
