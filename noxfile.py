@@ -30,7 +30,9 @@ os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 if "PIP_FIND_LINKS" in os.environ:
     os.environ.setdefault("UV_FIND_LINKS", ",".join(os.environ["PIP_FIND_LINKS"].split()))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+# the workers of pytest share the cores
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+WORKERS = ("-n", "2")
 
 
 def metadata(directory: Path) -> dict[str, Any]:
@@ -96,9 +98,9 @@ def lint(session: nox.Session) -> None:
 def types(session: nox.Session) -> None:
     """Check types: strictly in the core, loosely in plugins and benchmarks."""
     install(session, "general", *group("types"))
-    session.run("mypy", "--strict", "core/src/kvdock")
+    session.run("mypy", "-n", "2", "--strict", "core/src/kvdock")
     sources = [f"{folder}/src" for folder in packages_of("general")[1:]]
-    session.run("mypy", *sources)
+    session.run("mypy", "-n", "2", *sources)
 
 
 @nox.session(tags=["test"])
@@ -118,7 +120,9 @@ def add_tests(environment: str) -> None:
     def tests(session: nox.Session) -> None:
         install(session, environment, *group("test"))
         folders = [f"{folder}/tests" for folder in packages_of(environment)]
-        session.run("pytest", *folders, "tests", *session.posargs)
+        # what no version of transformers can change is tested in one environment
+        chosen = () if environment == "general" else ("-m", "not exhaustive and not versionless")
+        session.run("pytest", *WORKERS, *chosen, *folders, "tests", *session.posargs)
 
     tests.__doc__ = f"Test the core and the methods of envs/{environment} on its pinned versions."
 
@@ -135,7 +139,17 @@ def kernels(session: nox.Session) -> None:
     plugins = [part for id in sorted(PLUGINS) for part in ("-e", f"plugins/{id}")]
     session.install(*pins("general"), "-e", "core", *plugins, *group("test"), *triton)
     folders = ["core/tests", *(f"plugins/{id}/tests" for id in sorted(PLUGINS))]
-    session.run("pytest", "-m", "interpret", *folders, *session.posargs)
+    # a file's tests read what one run of its kernels left, so they stay together
+    together = (*WORKERS, "--dist", "loadfile")
+    session.run("pytest", *together, "-m", "interpret", *folders, *session.posargs)
+
+
+@nox.session(default=False, tags=["env"], reuse_venv=True)
+def exhaustive(session: nox.Session) -> None:
+    """Run the long products and the full counts that the default sessions leave out."""
+    install(session, "general", *group("test"))
+    folders = [f"{folder}/tests" for folder in packages_of("general")]
+    session.run("pytest", *WORKERS, "-m", "exhaustive", *folders, "tests", *session.posargs)
 
 
 @nox.session(default=False, reuse_venv=True, tags=["test"])

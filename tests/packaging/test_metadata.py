@@ -9,6 +9,8 @@ import pytest
 import kvdock
 from kvdock.hookspecs import COMMAND_GROUP, ENTRY_POINT_GROUP
 
+pytestmark = pytest.mark.versionless
+
 ROOT = Path(__file__).parents[2]
 FOLDERS = {
     path.parent.relative_to(ROOT).as_posix(): path.parent

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.versionless
+
 ROOT = Path(__file__).parents[2]
 # written in parts, so that this file does not find itself
 TRACES = re.compile(

@@ -77,7 +77,12 @@ FORMS = [
 
 
 @pytest.mark.parametrize(
-    ("method", "new"), [*((name, 300) for name in available()), *((form, 80) for form in FORMS)]
+    ("method", "new"),
+    [
+        *((name, 120) for name in available()),
+        *((form, 80) for form in FORMS),
+        *(pytest.param(name, 300, marks=pytest.mark.slow) for name in available()),
+    ],
 )
 def test_long_answers_of_a_padded_batch_with_rows_that_stop(frozen, method, new, monkeypatch):
     """Rooms are filled one after the other; rows that stopped go on with pads."""

@@ -10,6 +10,8 @@ from kvdock.kernels.window_scores import window_probabilities, window_votes
 from kvdock.kernels.windowed import attend_window
 from kvdock.policy import AttentionParams
 
+pytestmark = pytest.mark.versionless
+
 LENGTHS = (1, 2, 127, 128, 129, 513, 1025)
 BACKENDS = {"reference": ReferenceBackend(), "sdpa": SDPABackend()}
 

@@ -8,6 +8,8 @@ from hypothesis import strategies as st
 from kvdock.errors import UnsupportedError
 from kvdock.layout import BatchLayout
 
+pytestmark = pytest.mark.versionless
+
 
 @st.composite
 def masks(draw):

@@ -7,6 +7,8 @@ from hypothesis import strategies as st
 from kvdock.ledger import Ledger
 from kvdock.storage import grown_capacity
 
+pytestmark = pytest.mark.versionless
+
 
 @given(st.integers(0, 5000), st.integers(0, 5500), st.none() | st.integers(1, 6000))
 def test_capacity_grows_by_an_eighth_and_not_past_the_limit(capacity, need, limit):

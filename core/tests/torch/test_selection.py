@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 
 from kvdock.kernels.selection import top_positions
 
+pytestmark = pytest.mark.versionless
+
 SCORES = st.one_of(
     st.sampled_from([0.0, -0.0, 1.0, -1.0, math.inf, -math.inf, 1e-45, -1e-45, 3.4e38]),
     st.floats(width=32, allow_nan=False),

@@ -14,6 +14,8 @@ from kvdock.policy import AttentionParams
 
 from .sparse_oracle import block_mask, oracle, random_lists, states
 
+pytestmark = pytest.mark.versionless
+
 CPU = torch.device("cpu")
 REFERENCE = ReferenceSparse()
 

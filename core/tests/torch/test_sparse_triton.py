@@ -11,6 +11,8 @@ import torch
 
 pytest.importorskip("triton")
 
+pytestmark = pytest.mark.versionless
+
 
 @pytest.fixture(scope="module")
 def found():

@@ -11,6 +11,8 @@ import torch
 
 from kvdock.kernels.split_kv import merge_splits, multiprocessors, split_count
 
+pytestmark = pytest.mark.versionless
+
 
 @pytest.mark.parametrize("rows", [1, 8, 64, 132, 1000])
 @pytest.mark.parametrize("tokens", [1, 63, 1024, 4096, 32_768, 131_072])

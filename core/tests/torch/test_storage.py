@@ -1,5 +1,6 @@
 """`DenseStorage` against a list of (position, value) per row and head, under random operations."""
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -8,6 +9,8 @@ from kvdock.dense import DenseStorage
 from kvdock.layout import BatchLayout
 from kvdock.policy import AttentionParams
 from kvdock.storage import RowGroup
+
+pytestmark = pytest.mark.versionless
 
 HEADS, DIM, BIG = 2, 4, 10_000
 OPERATIONS = ("extend", "step", "release", "rows", "copy", "select")

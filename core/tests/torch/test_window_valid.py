@@ -7,6 +7,8 @@ from kvdock.kernels.window_scores import window_probabilities
 from kvdock.policy import AttentionParams
 from kvdock.testing_layers import random_states
 
+pytestmark = pytest.mark.versionless
+
 
 def attention(q, k, params, valid=None):
     return torch.cat([block for _, block in window_probabilities(q, k, params, valid)], dim=1)

@@ -13,6 +13,8 @@ from kvdock_cakekv.policy import CakeKVPolicy
 
 from . import oracle
 
+pytestmark = pytest.mark.versionless
+
 CASES, LAYERS = 256, 4
 GROUPS, HEAD_DIMS = (1, 3, 4, 8), (64, 96, 128)
 TAUS = ((1.0, 1.0), (1.6, 0.4), (0.5, 2.0))

@@ -12,6 +12,8 @@ from kvdock_h2o.policy import SCORE, H2OPolicy
 
 from . import oracle
 
+pytestmark = pytest.mark.versionless
+
 CASES = 264
 GROUPS, HEAD_DIMS = (1, 3, 4, 8), (64, 96, 128)
 

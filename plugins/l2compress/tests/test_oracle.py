@@ -10,6 +10,8 @@ from kvdock.testing_layers import LayerDriver, random_states
 from kvdock_l2compress.options import L2CompressOptions
 from kvdock_l2compress.policy import L2CompressPolicy
 
+pytestmark = pytest.mark.versionless
+
 CASES = 288
 GROUPS, HEAD_DIMS = (1, 3, 4, 8), (64, 96, 128)
 

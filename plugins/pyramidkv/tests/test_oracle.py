@@ -12,6 +12,8 @@ from kvdock_pyramidkv.policy import PyramidKVPolicy
 
 from . import oracle
 
+pytestmark = pytest.mark.versionless
+
 CASES, LAYERS = 288, 5
 GROUPS, HEAD_DIMS, KERNELS = (1, 3, 4, 8), (64, 96, 128), (1, 5, 7)
 

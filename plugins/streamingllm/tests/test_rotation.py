@@ -10,6 +10,8 @@ from kvdock.errors import UnsupportedError
 from .harness import Batch, attach, held, make_layer, make_model, rotation, tokens
 from .oracle import NaiveLayer, NaiveModel, kept, rope
 
+pytestmark = pytest.mark.versionless
+
 BOTH = pytest.mark.parametrize("positions", ["cache", "original"])
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 
