@@ -121,7 +121,7 @@ def add_tests(environment: str) -> None:
         install(session, environment, *group("test"))
         folders = [f"{folder}/tests" for folder in packages_of(environment)]
         # what no version of transformers can change is tested in one environment
-        chosen = () if environment == "general" else ("-m", "not exhaustive and not versionless")
+        chosen = () if environment == "general" else ("-m", "not slow and not versionless")
         session.run("pytest", *WORKERS, *chosen, *folders, "tests", *session.posargs)
 
     tests.__doc__ = f"Test the core and the methods of envs/{environment} on its pinned versions."
@@ -149,7 +149,7 @@ def exhaustive(session: nox.Session) -> None:
     """Run the long products and the full counts that the default sessions leave out."""
     install(session, "general", *group("test"))
     folders = [f"{folder}/tests" for folder in packages_of("general")]
-    session.run("pytest", *WORKERS, "-m", "exhaustive", *folders, "tests", *session.posargs)
+    session.run("pytest", *WORKERS, "-m", "slow", *folders, "tests", *session.posargs)
 
 
 @nox.session(default=False, reuse_venv=True, tags=["test"])

@@ -10,11 +10,32 @@ from typing import Any
 
 import transformers
 from torch import Tensor
-from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
-from transformers.masking_utils import AttentionMaskInterface
-from transformers.modeling_utils import AttentionInterface, PreTrainedModel
 
 from kvdock.errors import UnsupportedError
+
+SUPPORTED = "transformers>=5.4,<6"
+
+
+def _lacking(features: str) -> UnsupportedError:
+    return UnsupportedError(
+        f"transformers {transformers.__version__} lacks {features}, which kvdock needs. Install a"
+        f" version in the supported range: pip install '{SUPPORTED}'."
+    )
+
+
+try:
+    from transformers.cache_utils import (
+        Cache,
+        CacheLayerMixin,
+        DynamicCache,
+        DynamicLayer,
+        DynamicSlidingWindowLayer,
+    )
+    from transformers.generation.utils import GenerationMixin
+    from transformers.masking_utils import AttentionMaskInterface
+    from transformers.modeling_utils import AttentionInterface, PreTrainedModel
+except ImportError as error:
+    raise _lacking(f"what kvdock imports ({error})") from error
 
 IMPLEMENTATION = "kvdock"
 """The name under which the attention and the mask function are registered together."""
@@ -25,28 +46,52 @@ _users = 0
 
 
 def probe() -> None:
-    """Check every transformers feature the core builds on; raise naming the missing one."""
-    needed = {
+    """Check every transformers feature the core builds on; raise naming the missing ones."""
+    missing = [name for name, present in _features() if not present]
+    if missing:
+        raise _lacking(", ".join(missing))
+
+
+def _features() -> Iterator[tuple[str, bool]]:
+    attributes = {
         AttentionInterface: ("register", "_global_mapping"),
         AttentionMaskInterface: ("register", "_global_mapping"),
         PreTrainedModel: ("set_attn_implementation",),
+        CacheLayerMixin: ("update", "lazy_initialization", "get_seq_length", "get_mask_sizes"),
+        transformers.PreTrainedConfig: ("get_text_config", "_attn_implementation"),
     }
     # dir() leaves out what hasattr() finds on the metaclass: ABCMeta has a `register` of its own
-    features = {
-        f"{cls.__name__}.{name}": name in dir(cls)
-        for cls, names in needed.items()
-        for name in names
-    }
-    features |= {
-        "CacheLayerMixin.get_mask_sizes(query_length)": "query_length"
-        in inspect.signature(DynamicLayer.get_mask_sizes).parameters,
-    }
-    missing = [name for name, present in features.items() if not present]
-    if missing:
-        raise UnsupportedError(
-            f"transformers {transformers.__version__} lacks {', '.join(missing)}, which kvdock"
-            " needs. Install a version in the supported range: pip install 'transformers>=5.4,<6'."
-        )
+    for cls, names in attributes.items():
+        for name in names:
+            yield f"{cls.__name__}.{name}", name in dir(cls)
+    parameters: tuple[tuple[Any, str, str], ...] = (
+        (DynamicLayer, "get_mask_sizes", "query_length"),
+        (DynamicCache, "__init__", "config"),
+        (Cache, "__init__", "layers"),
+        (GenerationMixin, "generate", "logits_processor"),
+        (GenerationMixin, "generate", "generation_config"),
+    )
+    for cls, function, parameter in parameters:
+        known = inspect.signature(getattr(cls, function)).parameters
+        owner = "CacheLayerMixin" if cls is DynamicLayer else cls.__name__
+        yield f"{owner}.{function}({parameter})", parameter in known
+
+
+def check_reached(seen: bool, ended: bool) -> None:
+    """Refuse the result of a `generate` that went past kvdock, which a newer version might do.
+
+    Args:
+        seen: whether keys and values arrived in the dock's cache.
+        ended: whether the end of the prompt was announced by the logits processor.
+    """
+    if seen and ended:
+        return
+    what = "never announced the end of the prompt" if seen else "never filled the dock's cache"
+    raise UnsupportedError(
+        f"generate() of transformers {transformers.__version__} {what}, so nothing was compressed"
+        f" and the result is not returned. Tested versions are in envs/README.md; install one:"
+        f" pip install '{SUPPORTED}'."
+    )
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from kvdock.cache import DockCache
+from kvdock.compat import check_reached
 from kvdock.decode import make_decoder
 from kvdock.errors import UnsupportedError
 from kvdock.report import held_bytes
@@ -84,16 +85,21 @@ def docked_generate(dock: Dock, original: Callable[..., Any]) -> Callable[..., A
             [*(given.get("logits_processor") or ()), ending]
         )
         session = cache.session
-        session.generating = True
+        session.generating, before = True, session.columns
         session.decoder = make_decoder(dock.plan.decode, _decode_settings(dock, given, session))
         try:
-            return original(**given)
+            output = original(**given)
         finally:
             session.generating = False
             session.thaw()
             session.decoder = None
             clock.mark()
             dock.note(cache, ending)
+        # a generate of the caller's own need not use the processors
+        check_reached(
+            session.columns > before, ending.calls > 0 or bool(given.get("custom_generate"))
+        )
+        return output
 
     return generate
 

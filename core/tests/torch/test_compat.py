@@ -2,6 +2,8 @@
 
 import inspect
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -103,6 +105,49 @@ def test_an_older_signature_is_named(monkeypatch, model, policies):
     monkeypatch.setattr(compat.DynamicLayer, "get_mask_sizes", lambda self, cache_position: (0, 0))
     with pytest.raises(UnsupportedError, match=r"lacks CacheLayerMixin\.get_mask_sizes"):
         kvdock.attach(model, [policies.Votes()])
+
+
+def test_a_missing_parameter_is_named(monkeypatch, model, policies):
+    monkeypatch.setattr(compat.GenerationMixin, "generate", lambda self, inputs: None)
+    with pytest.raises(
+        UnsupportedError, match=r"lacks GenerationMixin\.generate\(logits_processor"
+    ):
+        kvdock.attach(model, [policies.Votes()])
+
+
+def test_a_class_that_cannot_be_imported_is_named():
+    program = (
+        "import transformers.cache_utils as c; del c.DynamicSlidingWindowLayer\n"
+        "from kvdock.errors import UnsupportedError\n"
+        "try: import kvdock.compat\n"
+        "except UnsupportedError as error: print(error)"
+    )
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert "DynamicSlidingWindowLayer" in found.stdout and "transformers>=5.4,<6" in found.stdout
+
+
+@pytest.mark.parametrize(
+    ("lost", "reason"),
+    [
+        ("past_key_values", "cache of the dock|dock.new_cache"),
+        ("logits_processor", "never announced.*not returned"),
+    ],
+)
+def test_a_generate_that_goes_past_kvdock_is_refused(
+    monkeypatch, model, policies, row, lost, reason
+):
+    """A version that drops what it is given must not return an uncompressed result."""
+    original = model.generate
+
+    def newer(inputs=None, **kwargs):
+        return original(inputs, **{name: kwargs[name] for name in kwargs if name != lost})
+
+    model.__dict__["generate"] = newer
+    with (
+        kvdock.attach(model, [policies.Votes()], budget=48),
+        pytest.raises(UnsupportedError, match=reason),
+    ):
+        model.generate(**row, max_new_tokens=2)
 
 
 def test_two_models_share_the_registration(policies, row, generate):
