@@ -149,7 +149,7 @@ def exhaustive(session: nox.Session) -> None:
     """Run the long products and the full counts that the default sessions leave out."""
     install(session, "general", *group("test"))
     folders = [f"{folder}/tests" for folder in packages_of("general")]
-    session.run("pytest", *WORKERS, "-m", "slow", *folders, "tests", *session.posargs)
+    session.run("pytest", *WORKERS, "-m", "slow and not vllm", *folders, "tests", *session.posargs)
 
 
 @nox.session(default=False, reuse_venv=True, tags=["test"])
@@ -159,7 +159,7 @@ def browser(session: nox.Session) -> None:
     if not (os.environ.get("KVDOCK_CHROMIUM") or any(map(shutil.which, names))):
         session.error("No chromium found: install it (Debian: chromium) or set KVDOCK_CHROMIUM.")
     install(session, "general", *group("test", "browser"))
-    session.run("pytest", "benchmarks/tests/report/test_browser.py", *session.posargs)
+    session.run("pytest", "-m", "slow", "benchmarks/tests/report/test_browser.py", *session.posargs)
 
 
 @nox.session(default=False, reuse_venv=True)
