@@ -12,6 +12,7 @@ import traceback
 from collections.abc import Sequence
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 from typing import Any
 
 from kvdock_bench.jobs import Job
@@ -64,7 +65,7 @@ class Processes:
         """Start the processes of one worker."""
         self._started += 1
         # a file, because a port that is free now may be taken a moment later
-        meeting = f"file://{self._scratch.name}/{self._started}"
+        meeting = (Path(self._scratch.name) / str(self._started)).as_uri()
         places = self._placement.places(self._placement.devices(number), meeting)
         started = [self._spawn(place) for place in places]
         self._living += started

@@ -1,7 +1,11 @@
+from pathlib import Path
+
 import pytest
 
 from kvdock_bench.errors import BenchError
 from kvdock_bench.placement import Place, parse_placement
+
+MEETING = Path("/x").as_uri()
 
 
 def where(placement):
@@ -40,9 +44,9 @@ def test_tensor_parallelism_gives_every_device_a_process():
     placement = parse_placement(["0", "1"], "2", parallel="tp", visible=2)
     assert placement.workers == 1
     assert placement.several_processes
-    assert placement.places(("cuda:0", "cuda:1"), "file:///x") == [
-        Place(("cuda:0",), 0, 2, "file:///x"),
-        Place(("cuda:1",), 1, 2, "file:///x"),
+    assert placement.places(("cuda:0", "cuda:1"), MEETING) == [
+        Place(("cuda:0",), 0, 2, MEETING),
+        Place(("cuda:1",), 1, 2, MEETING),
     ]
     by_layers = parse_placement(["0", "1"], "2", visible=2)
     assert not by_layers.several_processes

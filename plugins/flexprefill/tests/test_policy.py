@@ -49,7 +49,7 @@ def test_scores_the_selector_does_not_know_are_left_to_dense_attention(params):
 
 def test_by_default_short_prompts_are_dense():
     assert FlexPrefillOptions().attends_densely(8191, 8191)
-    assert not FlexPrefillOptions().attends_densely(8192, 8192)
+    assert not FlexPrefillOptions().attends_densely(16_384, 16_384)
 
 
 @pytest.mark.parametrize("mode", ["exact", "compat"])

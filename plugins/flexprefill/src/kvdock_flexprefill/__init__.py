@@ -27,7 +27,7 @@ def kvdock_methods() -> list[Method]:
                 needs_queries=True,
                 evicts=False,
                 backends=("flash-attn-4", "triton", "flex", "flashinfer", "reference"),
-                shortest_gain=8192,
+                shortest_gain=16_384,
                 exact_chunks=False,
             ),
             needs=Needs(extras=("triton",)),

@@ -33,7 +33,7 @@ class FlexPrefillOptions(Options):
     )
     block: int = option(128, choices=(16, 32, 64, 128), help="tokens per block")
     dense_below: int = option(
-        8192, ge=0, help="sequences of fewer tokens attend densely: selection costs more"
+        16_384, ge=0, help="sequences of fewer tokens attend densely: selection costs more"
     )
 
     def validate(self) -> None:

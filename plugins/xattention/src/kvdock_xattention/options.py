@@ -33,7 +33,7 @@ class XAttentionOptions(Options):
         128, choices=(16, 32, 64, 128), help="tokens per block; some kernels serve 128 only"
     )
     share_group: bool = option(False, help="one list for the query heads of a key/value head")
-    dense_below: int = option(4096, ge=0, help="keys below which attention is dense")
+    dense_below: int = option(16_384, ge=0, help="keys below which attention is dense")
 
     def validate(self) -> None:
         """Refuse an empty table of thresholds, and one beside a shared list."""
