@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import textwrap
 from collections.abc import Sequence
 from html import escape
 from typing import Any
@@ -25,6 +26,7 @@ MARKERS = "osD^vPX*<>hpd8"
 Look = dict[str, Any]
 _WIDTH, _HEIGHT, _ROW = 4.9, 3.3, 0.235
 _LEGEND_CHARACTERS = 56
+_LABEL_CHARACTERS = 48
 _STYLE = {
     "svg.fonttype": "none",
     # equal content gives equal files
@@ -54,7 +56,8 @@ def looks(columns: Sequence[Column]) -> dict[str, Look]:
             places.append(family)
         place = -1 if column.is_full else places.index(family)
         found[column.key] = {
-            "label": column.label,
+            # the options of a grid's variant may be longer than a line
+            "label": textwrap.fill(column.label, _LABEL_CHARACTERS),
             "color": INK if column.is_full else COLOURS[place % len(COLOURS)],
             "marker": MARKERS[(place + 1 + step) % len(MARKERS)],
             "linestyle": "--" if column.is_full else "-",
@@ -66,10 +69,11 @@ def looks(columns: Sequence[Column]) -> dict[str, Look]:
 
 def make_axes(labels: Sequence[str], x_label: str, y_label: str) -> tuple[Figure, Any, int]:
     """Return a figure, its axes, and the columns of a legend of these labels above them."""
-    widest = max((len(label) for label in labels), default=0)
+    lines = [line for label in labels for line in label.split("\n")]
+    widest = max(map(len, lines), default=0)
     # what fits side by side above the axes; a mark is as wide as six characters
     columns = max(1, min(3, _LEGEND_CHARACTERS // (6 + widest), len(labels)))
-    height = _HEIGHT + _ROW * -(-len(labels) // columns)
+    height = _HEIGHT + _ROW * -(-len(lines) // columns)
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(_WIDTH, height), layout="constrained")
         axes = figure.add_subplot()

@@ -82,7 +82,7 @@ def all_methods(make, making, large, to):
 
 
 def budgets(make, making, large, to):
-    names = ("SnapKV", "H2O", "a-method-with-a-rather-long-name")
+    names = ("SnapKV", "H2O", f"name:{'option=value,' * 8}")
     columns = [method(name, budget) for budget in ("64", "128", "25%") for name in names]
     made = replace(making, methods=(FULL_CACHE, *columns), lengths=(512, 1024, 131072))
     return make_report([load_run(make(made))], to)[0].path
