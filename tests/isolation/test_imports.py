@@ -17,6 +17,9 @@ IMPORT_NAMES = {
     "flashinfer-python": "flashinfer",
     "pyyaml": "yaml",
 }
+NAME = re.compile(r"[A-Za-z][\w.-]*")
+PROGRAMS = {"src/kvdock_bench/vllm/worker.py": "vllm"}
+"""Programs that run in an environment of their own, and which."""
 HEAVY = {"torch", "transformers", "triton", "flash_attn", "flashinfer", "numpy"}
 
 
@@ -58,16 +61,28 @@ def declared(project):
     return names
 
 
+def pinned(environment):
+    """Return the names that an environment's requirements name."""
+    lines = [
+        line
+        for path in (ROOT / "envs" / environment).glob("*.in")
+        for line in path.read_text().splitlines()
+    ]
+    return {match[0].lower().replace("-", "_") for line in lines if (match := NAME.match(line))}
+
+
 def undeclared(folder):
     """List what the sources under a folder import without declaring it."""
     project = tomllib.loads((folder / "pyproject.toml").read_text())["project"]
     own = {path.name for path in (folder / "src").iterdir()}
     allowed = sys.stdlib_module_names | own | declared(project)
-    return [
-        f"{path.relative_to(folder)}: {name}"
-        for path in sorted((folder / "src").rglob("*.py"))
-        for name in sorted(imports(path.read_text()) - allowed)
-    ]
+    found = []
+    for path in sorted((folder / "src").rglob("*.py")):
+        place = path.relative_to(folder).as_posix()
+        # a program for another interpreter has that environment's packages, and none of ours
+        serves = sys.stdlib_module_names | pinned(PROGRAMS[place]) if place in PROGRAMS else allowed
+        found += [f"{place}: {name}" for name in sorted(imports(path.read_text()) - serves)]
+    return found
 
 
 def imports_of(folder, **how):

@@ -128,8 +128,8 @@ def _sentences(text: str) -> list[str]:
         return list(sent_tokenize(text))
     except (ImportError, LookupError) as error:
         raise BenchError(
-            "data.compat: ruler splits the essays with nltk's punkt: pip install nltk, then "
-            "python -m nltk.downloader punkt punkt_tab."
+            "data.compat: ruler splits the essays with nltk's punkt: install"
+            " kvdock-bench[official], then python -m nltk.downloader punkt punkt_tab."
         ) from error
 
 
