@@ -34,13 +34,18 @@ Prompts = dict[tuple[str, int, int], Item]
 
 @dataclass(frozen=True, slots=True)
 class Setup:
-    """What all workers have in common; `folder` takes one record store per job."""
+    """What all workers have in common; `folder` takes one record store per job.
+
+    Args:
+        batch_tokens: the most prompt tokens of a batch, as a padded mask grows with their square.
+    """
 
     model_path: str
     dtype: str
     device: str
     config: BenchConfig
     folder: Path
+    batch_tokens: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,6 +163,9 @@ def _runner(
     prompts: Prompts,
     place: str = "prompts",
 ) -> _SharingRunner:
-    plan = Plan(override(setup.config, length=[length]), methods)
+    size = setup.config.batch_size
+    if isinstance(size, int):
+        size = max(1, min(size, setup.batch_tokens // length))
+    plan = Plan(override(setup.config, length=[length], batch_size=size), methods)
     store = RecordStore(setup.folder / place)
     return _SharingRunner(Run(plan=plan, sink=store, **common), prompts)

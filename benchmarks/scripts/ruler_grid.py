@@ -143,7 +143,8 @@ def main(arguments: Sequence[str]) -> int:
     os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
-        setup = Setup(args.model_path, args.dtype, args.device[0], config, Path(scratch))
+        place = args.device[0]
+        setup = Setup(args.model_path, args.dtype, place, config, Path(scratch), args.batch_tokens)
         pool = Pool(setup, jobs, args.workers, started + args.deadline, args.device)
         pool.run()
         found = [(job, record) for job in jobs for record in _records(setup.folder, job)]
@@ -186,6 +187,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--methods", nargs="+", required=True, help="full, a, a+b, a:option=value")
     parser.add_argument("--samples", type=int, default=50, help="per task and length")
     parser.add_argument("--batch-size", type=int, default=50)
+    parser.add_argument(
+        "--batch-tokens", type=int, default=160_000, help="the most prompt tokens of a batch"
+    )
     parser.add_argument("--workers", type=int, default=12, help="on all devices together")
     parser.add_argument("--dtype", choices=models.DTYPES, default="bfloat16")
     parser.add_argument("--device", nargs="+", default=["cuda:0"], help="cuda:N ... or cpu")
