@@ -57,6 +57,10 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--densities", nargs="+", type=float, default=[0.05, 0.1, 0.3])
     parser.add_argument("--methods", nargs="+", default=["flexprefill", "xattention"])
     parser.add_argument("--backends", nargs="+", help="sparse backends to run; all by default")
+    parser.add_argument(
+        "--dtypes", nargs="+", choices=("bfloat16", "float16"), default=["bfloat16", "float16"]
+    )
+    parser.add_argument("--head-dims", nargs="+", type=int, default=[64, 96, 128])
     parser.add_argument("--layers", type=int, default=32, help="layers of the whole model")
     parser.add_argument(
         "--repeats", type=int, default=3, help="timed runs, the median of which counts"
