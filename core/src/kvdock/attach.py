@@ -138,6 +138,8 @@ def attach(
     compat.probe()
     _check_model(model)
     composition = compose(default_host(), methods, budget, options)
+    if backend is None:
+        backend = _asked_for(model, composition)
     config = model.config.get_text_config(decoder=True)
     managed = compat.managed_layers(config)
     if not managed:
@@ -189,6 +191,13 @@ def attach(
                 _override(stack, model, name, refuse_continuous_batching)
         dock._exits = stack.pop_all()
     return dock
+
+
+def _asked_for(model: PreTrainedModel, composition: Composition) -> str | None:
+    """Return the kernel that a plugin insists on, None where none does."""
+    op = "prefill" if composition.attention_policy is None else "sparse-prefill"
+    dtype = str(model.dtype).removeprefix("torch.")
+    return default_host().select_kernel(op, model.device.type, dtype)
 
 
 def _head_dim(config: Any) -> int | None:

@@ -42,7 +42,8 @@ def kvdock_configure(settings: Mapping[str, Any]) -> None:
 def kvdock_select_kernel(op: str, device: str, dtype: str) -> str | None:
     """Return the name of the kernel backend for an operation, or None to leave it to others.
 
-    When nobody answers, the core chooses.
+    `attach` asks for "prefill" or "sparse-prefill" unless its user named a backend; when nobody
+    answers, the core chooses.
     """
 
 

@@ -155,3 +155,24 @@ def test_attach_as_a_plain_call(model, policy, row, generate):
     with kvdock.attach(model, [policy], budget=48):
         assert generate(model, row) == inside
     assert "generate" not in vars(model)
+
+
+def test_a_plugin_can_choose_the_kernel_unless_the_user_does(model, policies):
+    asked = []
+
+    class Chooser:
+        @kvdock.hookimpl
+        def kvdock_select_kernel(self, op, device, dtype):
+            asked.append((op, device, dtype))
+            return "reference"
+
+    host, plugin = kvdock.default_host(), Chooser()
+    host.register(plugin)
+    try:
+        with kvdock.attach(model, [policies.Votes()], budget=16) as dock:
+            assert dock.plan.backend.name == "reference"
+        with kvdock.attach(model, [policies.Votes()], budget=16, backend="sdpa") as dock:
+            assert dock.plan.backend.name == "sdpa"
+    finally:
+        host.unregister(plugin)
+    assert asked == [("prefill", "cpu", "float32")]
