@@ -121,7 +121,7 @@ def measure(
         "system": system,
         "tokens": prompt.shape[1],
         "batch": prompt.shape[0],
-        "budget": None if system == "full" else args.budget,
+        "budget": args.budget if system != "full" and takes_budget(system) else None,
         "ttft_ms": round(statistics.median(ttft), 2),
         "ms_per_token": round(statistics.median(step), 3),
         "selection_ms": round(statistics.median(choosing), 2),
@@ -145,8 +145,15 @@ def warm_attention(model: LlamaForCausalLM, prompt: torch.Tensor) -> None:
 
 
 def attached(model: LlamaForCausalLM, system: str, args: argparse.Namespace) -> Any:
-    """Attach one method (or composition) with the run's budget and backend."""
-    return kvdock.attach(model, system, budget=args.budget, backend=args.backend)
+    """Attach one method (or composition) with the run's budget, if it takes one, and backend."""
+    budget = args.budget if takes_budget(system) else None
+    return kvdock.attach(model, system, budget=budget, backend=args.backend)
+
+
+def takes_budget(system: str) -> bool:
+    """Say whether one of the methods drops tokens; a budget is refused by the others."""
+    records = [kvdock.default_host().load(id) for id in system.split("+")]
+    return any(record.default_budget is not None for record in records)
 
 
 def held(cache: Any, dock: Any) -> int:
@@ -195,7 +202,8 @@ def same_logits(
     plain = model(prompt, logits_to_keep=1).logits
     result: dict[str, Any] = {"tokens": prompt.shape[1]}
     for system in args.methods:
-        with kvdock.attach(model, system, budget=args.budget) as dock:
+        budget = args.budget if takes_budget(system) else None
+        with kvdock.attach(model, system, budget=budget) as dock:
             logits = model(prompt, past_key_values=dock.new_cache(), logits_to_keep=1).logits
         result[system] = bool(torch.equal(plain, logits))
     print("prefill logits bit-identical:", result, flush=True)
