@@ -206,7 +206,7 @@ def harness(session: nox.Session) -> None:
 
 @nox.session(default=False)
 def docs(session: nox.Session) -> None:
-    """Write the README's table of methods from the plugins' records."""
+    """Write the READMEs' table of methods from the plugins' records and the stored results."""
     session.install("-e", "core")
     session.run("python", "tests/docs/methods_table.py")
 

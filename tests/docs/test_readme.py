@@ -1,74 +1,129 @@
-"""What the README says of methods, commands and code is true."""
+"""What the READMEs say of methods, numbers and files is what the records and results say."""
 
-import importlib.util
+import json
 import re
-import subprocess
-import sys
-from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
+from blocks import FENCE, ROOT, pages
+from measured import stored
+from methods_table import READMES, plugin_ids, row, summaries
 
 from kvdock import available
 
-ROOT = Path(__file__).resolve().parents[2]
-README = (ROOT / "README.md").read_text()
+TEXTS = {language: (ROOT / name).read_text("utf-8") for language, name in READMES.items()}
+RESULTS = stored.RESULTS
+every_language = pytest.mark.parametrize("language", READMES)
 
 
-def load_table():
-    spec = importlib.util.spec_from_file_location(
-        "methods_table", Path(__file__).with_name("methods_table.py")
-    )
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+@every_language
+def test_every_plugin_has_its_row(language):
+    assert sorted(summaries(TEXTS[language])) == plugin_ids(), "run: nox -s docs"
 
 
-def test_every_plugin_has_its_row():
-    tool = load_table()
-    rows = [line for line in README.splitlines() if line.startswith("| [")]
-    named = [re.search(r"plugins/(\w+)/README", line)[1] for line in rows]
-    assert named == tool.plugin_ids(), "run: nox -s docs"
-
-
+@every_language
 @pytest.mark.parametrize("method", [id for id in available() if (ROOT / "plugins" / id).exists()])
-def test_rows_equal_the_records(method):
-    assert load_table().row(method) in README.splitlines(), "run: nox -s docs"
+def test_rows_equal_the_records_and_the_stored_results(method, language):
+    said = summaries(TEXTS[language])[method]
+    fresh = row(method, language, None if language == "en" else said)
+    assert fresh in TEXTS[language].splitlines(), "run: nox -s docs"
 
 
-def test_commands_exist():
-    noxfile = (ROOT / "noxfile.py").read_text()
-    assert "nox -s demo" in README
-    assert "def demo(" in noxfile
-    assert re.search(r"^nox$", README, re.MULTILINE)
+@pytest.mark.versionless
+def test_every_sentence_of_the_table_is_translated():
+    said = summaries(TEXTS["zh"])
+    assert [id for id, text in said.items() if not re.search(r"[一-鿿]", text)] == []
 
 
-def test_linked_files_exist():
-    links = re.findall(r"\]\((?!https?:)([^)#]+)\)", README)
-    assert links
-    assert [link for link in links if not (ROOT / link).exists()] == []
+@pytest.mark.versionless
+def test_both_readmes_have_the_same_structure():
+    """The same headings by level, code, links, images and rows of tables, in the same order."""
+
+    def structure(text):
+        plain = FENCE.sub("", text)
+        return {
+            "headings": [len(marks) for marks in re.findall(r"^(#+) ", plain, re.MULTILINE)],
+            "code": FENCE.findall(text),
+            "points": len(re.findall(r"^- ", plain, re.MULTILINE)),
+            "inline code": sorted(re.findall(r"`[^`\n]+`", plain)),
+        }
+
+    english, chinese = structure(TEXTS["en"]), structure(TEXTS["zh"])
+    for part in english:
+        assert chinese[part] == english[part], part
+    links = {k: set(re.findall(r"\]\(([^)]+)\)", text)) for k, text in TEXTS.items()}
+    assert links["en"] ^ links["zh"] == {"README.md", "README_zh.md"}
 
 
-def test_the_python_example_runs(tmp_path):
-    example = re.search(r"```python\n(.*?)```", README, re.DOTALL)[1]
-    script = tmp_path / "example.py"
-    script.write_text(f"path = {str(tmp_path / 'model')!r}\n{example}")
-    subprocess.run([sys.executable, "-c", SAVE, str(tmp_path / "model")], check=True)
-    done = subprocess.run(
-        [sys.executable, str(script)], capture_output=True, text=True, check=False
+@pytest.mark.versionless
+def test_numbers_in_the_text_are_the_stored_ones():
+    def read(place):
+        return json.loads((RESULTS / place).read_text())
+
+    steps = {
+        (run["system"], run["graph"]): run["ms_per_token"]
+        for run in read("decode-graph-h100/speed_1_128k.json")["speed"]
+    }
+    whole = {
+        run["system"]: run["total_s"] for run in read("decode-graph-h100/end_to_end_1.json")["runs"]
+    }
+    rows = read("storage-h100/kivi_capacity.json")["capacity"]
+    light = stored.light_scores()
+    sparse = {
+        row["method"]: row.get("vs_full", {}).get("difference")
+        for row in read("sparse-accuracy-smollm2-h100/summary.json")["rows"]
+    }
+    numbers = [
+        f"{steps['snapkv', 'auto']:.1f}",
+        f"{steps['snapkv', False]:.0f}",
+        f"{steps['full', None]:.0f}",
+        f"{whole['snapkv']:.1f}",
+        f"{whole['full']:.1f}",
+        *(f"{rows[name]['rows']}" for name in ("full", "kivi-4", "kivi-2")),
+        *(f"{light[m, None]['mean']:.1f}" for m in ("full", "kivi:bits=4", "kivi:bits=2")),
+        *(f"{light[m, None]['mean']:.1f}" for m in ("think:ratio=0.375", "think:ratio=0.5")),
+        f"{sparse['xattention:dense_below=0,mode=compat']:+.1f}",
+        f"{-sparse['flexprefill:dense_below=0,min_budget=256']:.1f}",
+        f"{light['full', None]['n']}",
+    ]
+    for language, text in TEXTS.items():
+        prose = re.sub(r"\]\([^)]*\)", "", text)
+        absent = [
+            n for n in numbers if not re.search(rf"(?<![\d.]){re.escape(n)}(?![\d.]\d)", prose)
+        ]
+        assert absent == [], language
+
+
+@pytest.mark.versionless
+@pytest.mark.parametrize("name", ["long-prompt.svg", "accuracy.svg"])
+def test_plots_show_the_stored_results(name, tmp_path):
+    """The committed drawing says what a fresh one says: names, numbers and axes."""
+    pytest.importorskip("kvdock_bench")
+    import readme_plots
+
+    def words(path):
+        tree = ElementTree.fromstring(path.read_text("utf-8"))
+        return [node.text for node in tree.iter("{http://www.w3.org/2000/svg}text")]
+
+    fresh = words(readme_plots.draw(name, tmp_path))
+    assert words(readme_plots.IMAGES / name) == fresh, (
+        "run: python benchmarks/scripts/readme_plots.py"
     )
-    assert done.returncode == 0, done.stderr
-    assert "snapkv: holds" in done.stdout
+    assert len(fresh) > 10
 
 
-SAVE = """
-import sys
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
-from kvdock.testing import tiny_model
-words = {word: i for i, word in enumerate(["<pad>", "<unk>", "A", "long", "prompt", "."])}
-tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>")
-fast.save_pretrained(sys.argv[1])
-tiny_model("llama").save_pretrained(sys.argv[1])
-"""
+@pytest.mark.versionless
+@pytest.mark.parametrize("page", pages(), ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_linked_and_named_files_exist(page):
+    text = FENCE.sub("", page.read_text("utf-8"))
+    links = re.findall(r"\]\((?!https?:|#)([^)#]+)", text)
+    gone = [link for link in links if not (page.parent / link).exists()]
+    named = re.findall(r"`(benchmarks/results/[\w/.-]+)`", text)
+    assert gone + [name for name in named if not (ROOT / name).exists()] == []
+
+
+@pytest.mark.versionless
+def test_commands_that_the_text_promises():
+    for text in TEXTS.values():
+        assert "python -m pip install nox uv && nox -s demo" in text
+        assert re.search(r"^nox$", text, re.MULTILINE)
