@@ -1,7 +1,8 @@
 """Check and time FlexPrefill's selection on a GPU, one Llama-3.1-8B layer (Hq 32, Hkv 8, D 128).
 
 The kernels' lists are compared with plain torch first. Then every stage is timed, with no head and
-with every head query-aware, and the variants of each kernel. Run it from the repository's root:
+with every head query-aware, and the variants of each kernel, with every head query-aware. Run it
+from the repository's root:
 
     python benchmarks/speed/flexprefill_select.py --lengths 32768 131072 --out RESULTS.json
 """
@@ -12,36 +13,33 @@ import argparse
 import json
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import triton
+from flexprefill_stages import (
+    HEAD_DIM,
+    HEADS,
+    KV_HEADS,
+    attempt,
+    compat_variants,
+    exact_variants,
+    planted,
+    time_compat,
+    time_each,
+    time_variants,
+)
 from measure import environment, milliseconds
 from torch import Tensor
 
 from kvdock.kernels.blocks import BlockGrid, density, mask_from_lists
 from kvdock.policy import AttentionParams
-from kvdock_flexprefill import compat, launch
-from kvdock_flexprefill.launch import DEFAULT, Problem
+from kvdock_flexprefill import launch
+from kvdock_flexprefill.launch import Problem
 from kvdock_flexprefill.options import FlexPrefillOptions
 from kvdock_flexprefill.reference import find_pattern, last_block_shares
 from kvdock_flexprefill.selection import select, select_reference
-
-HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
-LEVELS = [
-    {"warps": warps, "stages": stages, "registers": registers, "programs": programs}
-    for warps, stages, registers in (
-        (4, 1, None), (4, 2, None), (4, 3, None), (8, 1, None), (8, 1, 128), (8, 2, None),
-        (8, 2, 128), (8, 3, None), (8, 4, None),
-    )
-    for programs in (132, 264, 528)
-]  # fmt: skip
-DECIDE = [{"decide_warps": warps, "chunk": chunk} for warps in (4, 8, 16) for chunk in (16, 32, 64)]
-EMIT = [{"emit_columns": columns} for columns in (64, 128, 256, 512, 1024)]
-POOL = [{"pool_warps": warps} for warps in (1, 2, 4, 8)]
-SCORES = [{"score_tile": size} for size in (32, 64, 128)]
 
 
 def main() -> None:
@@ -51,48 +49,16 @@ def main() -> None:
         "environment": environment(triton=triton.__version__), "checks": check(args.mode),
         "times": [], "variants": [],
     }  # fmt: skip
-    if args.variants:
-        for length in args.lengths:
-            record["variants"] += attempt(f"variants {length}", time_variants, length) or []
     for length in args.lengths:
         record["times"] += attempt(f"stages {length}", time_stages, length, args.mode) or []
+    variants = compat_variants if args.mode == "compat" else exact_variants
+    for length in args.lengths if args.variants else ():
+        made = attempt(f"variants {length}", lambda n=length: time_variants(n, *variants(n)))
+        record["variants"] += made or []
     if args.out:
         Path(args.out).write_text(json.dumps(record, indent=1) + "\n")
     if not all(row["right"] for row in record["checks"]):
         raise SystemExit("the kernels' lists are not those of plain torch: do not use the times")
-
-
-def attempt(what: str, run: Callable[..., Any], *arguments: Any) -> Any:
-    """Return what ``run`` returns; print and pass over its failure."""
-    try:
-        return run(*arguments)
-    except Exception as error:  # one length or variant must not cost the others
-        print(f"{what}: failed: {type(error).__name__}: {str(error)[:160]}", flush=True)
-        return None
-
-
-def planted(
-    heads: int, kv_heads: int, q: int, n: int, head_dim: int, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """Return states with a sink, heavy keys and a slash, sharper head by head, as a model's views.
-
-    The first key/value heads are nearly flat, so that their query heads are query-aware.
-    """
-    generator = torch.Generator("cuda").manual_seed(n + head_dim)
-
-    def noise(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, device="cuda")
-
-    sharp = torch.linspace(0.1, 1.5, kv_heads, device="cuda")[:, None]
-    common = noise(1, 1, kv_heads, head_dim)
-    key = noise(1, n, kv_heads, head_dim)
-    key[:, :: max(2, n // 60)] += sharp * common
-    key[:, 0] += 2 * sharp * common[:, 0]
-    group = heads // kv_heads
-    query = noise(1, q, heads, head_dim) + (sharp * common).repeat_interleave(group, 2)
-    past = key.roll(192, 1)[:, n - q :].repeat_interleave(group, 2)  # one and a half blocks back
-    query = query * sharp.repeat_interleave(group, 0) + past * sharp.repeat_interleave(group, 0)
-    return query.to(dtype).transpose(1, 2), key.to(dtype).transpose(1, 2)
 
 
 def check(mode: str) -> list[dict[str, Any]]:
@@ -189,89 +155,6 @@ def time_stages(length: int, mode: str) -> list[dict[str, Any]]:
     return rows
 
 
-def time_each(problem: Problem) -> dict[str, float]:
-    """Return the milliseconds of each stage."""
-    level, mean = launch.block_levels(problem)
-    chosen, aware = launch.decide(problem, level, mean)
-    index = launch.new_index(problem)
-    stages: dict[str, Callable[[], Any]] = {
-        "levels": lambda: launch.block_levels(problem),
-        "decide": lambda: launch.decide(problem, level, mean),
-    }
-    if problem.options.tau > 0:
-        means = launch.pool(problem, aware)
-        stages["pool"] = lambda: launch.pool(problem, aware)
-        stages["scores"] = lambda: launch.row_logits(problem, *means, aware, index)
-    times = {name: milliseconds(run, repeats=20) for name, run in stages.items()}
-    if problem.options.tau > 0:  # the lists are written over the scores
-        launch.row_logits(problem, *means, aware, index)
-    times["emit"] = milliseconds(lambda: launch.emit(problem, chosen, aware, index), repeats=20)
-    return times
-
-
-def time_compat(problem: Problem) -> dict[str, float]:
-    """Return the milliseconds of each stage of compat mode.
-
-    Repeated, they join offsets that were joined and take shares of shares, at the same cost.
-    """
-    level, mean = launch.block_levels(problem)
-    mass = compat.masses(problem, level)
-    counted = compat.count(problem, mass)
-    chosen, aware = compat.choose(problem, *counted, mean)
-    index, edges = launch.new_index(problem), compat.new_edges(problem)
-    stages: dict[str, Callable[[], Any]] = {
-        "levels": lambda: launch.block_levels(problem),
-        "masses": lambda: compat.masses(problem, level),
-        "count": lambda: compat.count(problem, mass),
-        "choose": lambda: compat.choose(problem, *counted, mean),
-    }
-    if problem.options.tau > 0:
-        means = launch.pool(problem, aware)
-        stages["pool"] = lambda: launch.pool(problem, aware)
-        stages["scores"] = lambda: launch.row_logits(problem, *means, aware, index)
-        stages["edges"] = lambda: compat.find_edges(problem, aware, index, edges)
-    stages["emit"] = lambda: compat.emit(problem, chosen, aware, index, edges)
-    return {name: milliseconds(run, repeats=20) for name, run in stages.items()}
-
-
-def time_variants(length: int) -> list[dict[str, Any]]:
-    """Time the variants of every kernel, every head being query-aware."""
-    q, k = planted(HEADS, KV_HEADS, length, length, HEAD_DIM, torch.bfloat16)
-    options = FlexPrefillOptions(tau=1.0, dense_below=0)
-    base = Problem(q, k, HEAD_DIM**-0.5, options)
-    level, mean = launch.block_levels(base)
-    chosen, aware = launch.decide(base, level, mean)
-    means, index = launch.pool(base, aware), launch.new_index(base)
-    launch.row_logits(base, *means, aware, index)
-    scores = index.clone()
-
-    def emit(problem: Problem) -> None:
-        index.copy_(scores)
-        launch.emit(problem, chosen, aware, index)
-
-    copying = milliseconds(lambda: index.copy_(scores))
-    kernels: list[tuple[str, list[dict[str, Any]], Callable[[Problem], Any], float]] = [
-        ("levels", LEVELS, launch.block_levels, 0.0),
-        ("decide", DECIDE, lambda p: launch.decide(p, level, mean), 0.0),
-        ("pool", POOL, lambda p: launch.pool(p, aware), 0.0),
-        ("scores", SCORES, lambda p: launch.row_logits(p, *means, aware, index), 0.0),
-        ("emit", EMIT, emit, copying),
-    ]
-    rows = []
-    for name, variants, run, overhead in kernels:
-        timed = []
-        for changes in variants:
-            problem = replace(base, tuning=replace(DEFAULT, **changes))
-            ms = attempt(f"{name} {changes}", milliseconds, lambda p=problem, r=run: r(p))
-            if ms is not None:
-                timed.append((ms - overhead, changes))
-        timed.sort(key=lambda pair: pair[0])
-        for ms, changes in timed[:6]:
-            print(f"{length:>8} {name:<8} {ms:7.3f} ms {changes}", flush=True)
-        rows += [{"length": length, "kernel": name, "ms": ms, **c} for ms, c in timed]
-    return rows
-
-
 def host_milliseconds(run: Callable[[], Any], repeats: int = 20) -> float:
     """Return the mean time a call keeps the host, the device not waited for."""
     torch.cuda.synchronize()
@@ -287,7 +170,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--lengths", type=int, nargs="+", default=[32_768, 65_536, 131_072])
     parser.add_argument("--mode", choices=("exact", "compat"), default="exact")
-    parser.add_argument("--variants", action="store_true", help="time exact's variants too")
+    parser.add_argument("--variants", action="store_true", help="time the kernels' variants too")
     parser.add_argument("--out", help="write the numbers to this JSON file")
     return parser.parse_args()
 

@@ -18,9 +18,11 @@ from kvdock.policy import AttentionParams
 from kvdock_flexprefill import compat, launch
 from kvdock_flexprefill.options import FlexPrefillOptions
 from kvdock_flexprefill.reference import find_pattern, published_count, select_reference
-from kvdock_flexprefill.stages import Problem
+from kvdock_flexprefill.stages import DEFAULT, Problem, Tuning
 
 DEVICE = "cpu" if "--interpret" in sys.argv else "cuda"
+NARROW = Tuning(entries=64, slots=4)
+"""Let searches go round several times, as they do on long prompts."""
 
 
 def draw(seed, rows, kv_heads, group, q, n, head_dim, dtype):
@@ -32,12 +34,12 @@ def draw(seed, rows, kv_heads, group, q, n, head_dim, dtype):
     return [x.to(DEVICE, dtype).transpose(1, 2) for x in (query, key)]
 
 
-def apart(query, key, **changes):
+def apart(query, key, tuning=DEFAULT, **changes):
     """Count what differs from plain torch, and whether the lists are lists."""
     options = FlexPrefillOptions(**{"block": 16, "min_budget": 16, "gamma": 0.6, **changes})
     scaling = query.shape[-1] ** -0.5
     blocks = BlockGrid(query.shape[2], key.shape[2], options.block).key_blocks
-    lists = launch.select(query, key, scaling, options)
+    lists = launch.select(query, key, scaling, options, tuning)
     wanted = select_reference(query, key, AttentionParams(scaling), options)
     pattern = find_pattern(query.float(), key.float(), scaling, options)
     entry = torch.arange(blocks, device=DEVICE)
@@ -87,10 +89,15 @@ def runs():
     yield "compat, offsets in three parts", apart(*draw(15, **long), tau=0.15, **wide)
     equal = apart(query, torch.full_like(key, 0.5), tau=1.0, **{**compat, "gamma": 0.45})
     yield "compat, equal keys", equal
-    yield "compat, counts", counts()
+    yield "compat, long searches", apart(*draw(16, **half), NARROW, tau=1.0, **compat)
+    yield "compat, long searches, offsets", apart(*draw(17, **long), NARROW, tau=0.0, **compat)
+    ties = apart(query, torch.full_like(key, 0.5), NARROW, tau=1.0, **{**compat, "gamma": 0.45})
+    yield "compat, long searches, equal keys", ties
+    yield "compat, counts", counts(DEFAULT)
+    yield "compat, counts by long searches", counts(Tuning(slots=2))
 
 
-def counts():
+def counts(tuning):
     """Count, with ties, where the share is met just so, and what never reaches it."""
     tables = (
         [0.5, 0.3, 0.15, 0.05], [0.5, 0.25, 0.15, 0.1], [0.125] * 8, [0.0, 0.75, 0.0, 0.125],
@@ -103,7 +110,8 @@ def counts():
     states = torch.zeros(1, len(tables), 32, 16, device=DEVICE)
     for gamma in (0.5, 0.75, 0.8, 0.875):
         options = FlexPrefillOptions(block=16, gamma=gamma)
-        sums, found = compat.count(Problem(states, states, 1.0, options), parts)
+        problem = Problem(states, states, 1.0, options, tuning)
+        _, _, sums, found = compat.choose(problem, parts, parts.new_zeros(len(tables), 2))
         wanted = published_count(mass.flatten(2), gamma)
         apart += int((found != wanted).sum() + (sums != mass.sum(-1)).sum())
         seen += int(wanted.sum())

@@ -1,4 +1,4 @@
-"""Launch the kernels of the published selection: ten at most, none waited for."""
+"""Launch the kernels of the published selection: seven at most, none waited for."""
 
 from __future__ import annotations
 
@@ -9,51 +9,61 @@ from torch import Tensor
 from kvdock.kernels.blocks import BlockLists
 from kvdock_flexprefill import compat_kernels, compat_rows
 from kvdock_flexprefill.reference import PUBLISHED_BLOCK
-from kvdock_flexprefill.stages import (
-    LOG2E,
-    Problem,
-    block_levels,
-    new_index,
-    pool,
-    row_logits,
-    upcast,
-)
+from kvdock_flexprefill.stages import LOG2E, Problem, pool, upcast
 
 
 def select(problem: Problem) -> BlockLists:
     """Compute `kvdock_flexprefill.selection.select` in compat mode, for gamma < 1."""
-    chosen, aware = decide(problem, *block_levels(problem))
-    index = new_index(problem)
-    edges = new_edges(problem)
-    if problem.options.tau > 0:
-        row_logits(problem, *pool(problem, aware), aware, index)
-        find_edges(problem, aware, index, edges)
-    return emit(problem, chosen, aware, index, edges)
+    chosen, aware = decide(problem)
+    if problem.options.tau == 0:
+        return emit(problem, chosen, aware)
+    shares = row_shares(problem, *pool(problem, aware), aware)
+    return emit(problem, chosen, aware, shares, find_edges(problem, aware, shares))
 
 
-def decide(problem: Problem, level: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
+def decide(problem: Problem) -> tuple[Tensor, Tensor]:
     """Return what `launch.decide` returns, by the published counts."""
-    return choose(problem, *count(problem, masses(problem, level)), mean)
+    level, mean = levels(problem)
+    return choose(problem, masses(problem, level), mean)[:2]
+
+
+def levels(problem: Problem) -> tuple[Tensor, Tensor]:
+    """Return the last queries' log-sum-exps over parts of the keys, and mean scores.
+
+    Returns:
+        (float32 [b·H, S, B] in base 2, float32 [b·H, Nk] with the model's scale).
+    """
+    query, key, grid, tuning = problem.query, problem.key, problem.grid, problem.tuning
+    blocks, pairs = grid.key_blocks, problem.pairs
+    share = triton.cdiv(blocks, max(1, min(blocks, tuning.programs // pairs)))
+    parts = triton.cdiv(blocks, share)
+    level = query.new_empty(pairs, parts, grid.block, dtype=torch.float32)
+    mean = query.new_empty(pairs, blocks, dtype=torch.float32)
+    compat_kernels.part_levels[(pairs, parts)](
+        query, key, level, mean, *query.stride()[:3], *key.stride()[:3],
+        query.shape[1], min(grid.block, grid.queries), grid.queries, grid.keys, blocks, share,
+        problem.scaling * LOG2E, problem.scaling,
+        GROUP=problem.group, HEAD_DIM=query.shape[3], PADDED=problem.padded, BLOCK=grid.block,
+        STAGES=tuning.stages, PATTERN=problem.options.tau > 0, UPCAST=upcast(query),
+        num_warps=tuning.warps, maxnreg=tuning.registers,
+    )  # fmt: skip
+    return level, mean
 
 
 def masses(problem: Problem, level: Tensor) -> Tensor:
     """Return masses per token, and per offset in parts, float32 [B / KEYS + 2, b·H, Nk, B]."""
     query, key, grid, tuning = problem.query, problem.key, problem.grid, problem.tuning
-    pairs, rows, keys = problem.pairs, min(grid.block, grid.queries), mass_keys(problem)
-    lse = level.new_empty(pairs, grid.block)
-    some = min(32, grid.block)
-    compat_kernels.merge_levels[(pairs, grid.block // some)](
-        level, lse, rows, grid.key_blocks, BLOCK=grid.block, ROWS=some, num_warps=4
-    )
+    pairs, keys = problem.pairs, mass_keys(problem)
     mass = level.new_empty(grid.block // keys + 2, pairs, grid.key_blocks, grid.block)
     tiles = grid.key_blocks * grid.block // keys
     share = triton.cdiv(tiles, max(1, min(tiles, tuning.programs // pairs)))
     compat_kernels.tile_masses[(pairs, triton.cdiv(tiles, share))](
-        query, key, lse, mass, *query.stride()[:3], *key.stride()[:3],
-        pairs, query.shape[1], rows, grid.queries, grid.keys, tiles, share,
-        problem.scaling * LOG2E,
+        query, key, level, mass, *query.stride()[:3], *key.stride()[:3],
+        pairs, query.shape[1], min(grid.block, grid.queries), grid.queries, grid.keys, tiles,
+        share, level.shape[1], problem.scaling * LOG2E,
         GROUP=problem.group, HEAD_DIM=query.shape[3], PADDED=problem.padded, BLOCK=grid.block,
-        KEYS=keys, STAGES=tuning.mass_stages, UPCAST=upcast(query), num_warps=tuning.warps,
+        KEYS=keys, STAGES=tuning.mass_stages, UPCAST=upcast(query), num_warps=tuning.mass_warps,
+        maxnreg=tuning.mass_registers,
     )  # fmt: skip
     return mass
 
@@ -63,78 +73,82 @@ def mass_keys(problem: Problem) -> int:
     return min(problem.tuning.mass_keys, problem.options.block)
 
 
-def count(problem: Problem, mass: Tensor) -> tuple[Tensor, Tensor]:
-    """Return sums of blocks, float32 [2, b·H, Nk], and the published counts, int32 [2, b·H]."""
-    grid, tuning, pairs = problem.grid, problem.tuning, problem.pairs
-    sums = mass.new_empty(2, pairs, grid.key_blocks)
-    found = mass.new_empty(2, pairs, dtype=torch.int32)
-    chunk = max(1, min(tuning.entries // grid.block, triton.next_power_of_2(grid.key_blocks)))
-    compat_kernels.count_largest[(pairs, 2)](
-        mass, sums, found, pairs, grid.keys, grid.key_blocks, single(problem.options.gamma),
-        BLOCK=grid.block, KEYS=mass_keys(problem), CHUNK=chunk, num_warps=tuning.entry_warps,
+def choose(problem: Problem, mass: Tensor, mean: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return verticals and slashes, query-aware heads, and what they were chosen by.
+
+    Returns:
+        (int8 [2, b·H, Nk], int8 [b·H], sums of blocks, float32 [2, b·H, Nk], and the published
+        counts, int32 [2, b·H]).
+    """
+    grid, options, tuning = problem.grid, problem.options, problem.tuning
+    pairs, blocks = problem.pairs, grid.key_blocks
+    sums = mass.new_empty(2, 2, pairs, blocks)
+    counted = mass.new_empty(2, pairs, dtype=torch.int32)
+    chosen = mass.new_empty(2, pairs, blocks, dtype=torch.int8)
+    aware = mass.new_empty(pairs, dtype=torch.int8)
+    chunk = max(grid.block, min(tuning.entries, triton.next_power_of_2(blocks) * grid.block))
+    compat_kernels.choose[(pairs, 2)](
+        mass, mean, sums, counted, new_slots(problem, 2 * pairs), chosen, aware,
+        pairs, grid.keys, blocks, single(options.gamma), options.tau, *options.bounds(blocks),
+        BLOCK=grid.block, KEYS=mass_keys(problem), CHUNK=chunk, SLOTS=problem.tuning.slots,
+        WIDTH=problem.width, PUBLISHED=PUBLISHED_BLOCK, PATTERN=options.tau > 0,
+        num_warps=tuning.entry_warps,
     )  # fmt: skip
-    return sums, found
+    return chosen, aware, sums[0], counted
 
 
-def choose(problem: Problem, sums: Tensor, counted: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
-    """Return verticals and slashes, int8 [2, b·H, Nk], and query-aware heads, int8 [b·H]."""
-    options, pairs, blocks = problem.options, problem.pairs, problem.grid.key_blocks
-    chosen = sums.new_empty(2, pairs, blocks, dtype=torch.int8)
-    aware = sums.new_empty(pairs, dtype=torch.int8)
-    compat_kernels.decide_compat[(pairs,)](
-        sums, counted, mean, chosen, aware, pairs, blocks, options.tau, *options.bounds(blocks),
-        PUBLISHED=PUBLISHED_BLOCK, WIDTH=problem.width, PATTERN=options.tau > 0,
-        num_warps=problem.tuning.decide_warps,
+def new_slots(problem: Problem, searches: int) -> Tensor:
+    """Return memory for searches, int32 [searches, 1 + SLOTS]."""
+    return problem.query.new_empty(searches, 1 + problem.tuning.slots, dtype=torch.int32)
+
+
+def row_shares(problem: Problem, query_means: Tensor, key_means: Tensor, aware: Tensor) -> Tensor:
+    """Return the shares of query-aware heads' rows, float32 [b·H, E]."""
+    grid, tuning = problem.grid, problem.tuning
+    packed = triton.cdiv(grid.causal_blocks, 16) * 16
+    shares = query_means.new_empty(problem.pairs, packed)
+    compat_rows.row_shares[(triton.cdiv(grid.rows, tuning.share_rows), problem.pairs)](
+        query_means, key_means, aware, shares,
+        grid.first, grid.rows, grid.key_blocks, problem.scaling * LOG2E,
+        GROUP=problem.group, HEAD_DIM=query_means.shape[2], PADDED=problem.padded,
+        ROWS=tuning.share_rows, COLUMNS=tuning.score_tile, num_warps=4,
     )  # fmt: skip
-    return chosen, aware
+    return shares
 
 
-def new_edges(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
-    """Return memory for `find_edges`: int32 [b·H], [b·H] and [b·H, M]."""
-    pairs, rows = problem.pairs, problem.grid.rows
-    memory = problem.query.new_empty(rows + 2, pairs, dtype=torch.int32)
-    return memory[0], memory[1], memory[2:].view(pairs, rows)
-
-
-def find_edges(
-    problem: Problem, aware: Tensor, index: Tensor, edges: tuple[Tensor, Tensor, Tensor]
-) -> None:
-    """Turn the scores of query-aware heads' rows into shares, and find the least one kept."""
-    grid, width, pairs = problem.grid, problem.width, problem.pairs
-    shares, sizes = index.view(torch.float32), (grid.first, grid.rows, grid.key_blocks)
-    compat_rows.row_shares[(grid.rows, pairs)](
-        shares, aware, *sizes, WIDTH=width, num_warps=row_warps(problem)
-    )
-    columns = min(width, 256)
-    rows = max(1, min(problem.tuning.entries // columns, triton.next_power_of_2(grid.rows)))
-    compat_rows.find_edge[(pairs,)](
-        shares, aware, *edges, *sizes, problem.options.gamma,
-        ROWS=rows, COLUMNS=columns, num_warps=problem.tuning.edge_warps,
+def find_edges(problem: Problem, aware: Tensor, shares: Tensor) -> Tensor:
+    """Find the least share query-aware heads keep, int32 [2, b·H]: its bits, its last place."""
+    grid, tuning = problem.grid, problem.tuning
+    edges = aware.new_empty(2, problem.pairs, dtype=torch.int32)
+    compat_rows.find_edge[(problem.pairs,)](
+        shares, aware, new_slots(problem, problem.pairs), edges[0], edges[1],
+        grid.first, grid.rows, problem.options.gamma,
+        CHUNK=min(tuning.entries, triton.next_power_of_2(shares.shape[1])), SLOTS=tuning.slots,
+        num_warps=tuning.edge_warps,
     )  # fmt: skip
+    return edges
 
 
 def emit(
     problem: Problem,
     chosen: Tensor,
     aware: Tensor,
-    index: Tensor,
-    edges: tuple[Tensor, Tensor, Tensor],
+    shares: Tensor | None = None,
+    edges: Tensor | None = None,
 ) -> BlockLists:
-    """Return the lists of all rows, written over their shares."""
+    """Return the lists of all rows."""
     grid = problem.grid
-    count = index.new_empty(problem.pairs, grid.rows)
+    index = aware.new_empty(problem.pairs, grid.rows, grid.key_blocks, dtype=torch.int32)
+    count = aware.new_empty(problem.pairs, grid.rows, dtype=torch.int32)
+    edge, last = (None, None) if edges is None else edges
     compat_rows.emit_compat[(grid.rows, problem.pairs)](
-        chosen, aware, index.view(torch.float32), *edges, count, index,
+        chosen, aware, shares, edge, last, count, index,
         problem.pairs, grid.first, grid.rows, grid.key_blocks,
-        WIDTH=problem.width, PATTERN=problem.options.tau > 0, num_warps=row_warps(problem),
+        WIDTH=problem.width, PATTERN=edges is not None,
+        num_warps=min(8, max(1, problem.width // problem.tuning.emit_columns)),
     )  # fmt: skip
     shape = problem.query.shape[:2]
     return BlockLists(count.view(*shape, -1), index.view(*shape, *index.shape[1:]), grid.block)
-
-
-def row_warps(problem: Problem) -> int:
-    """Return the warps of a program that holds one row of blocks."""
-    return min(8, max(1, problem.width // problem.tuning.emit_columns))
 
 
 def single(value: float) -> float:

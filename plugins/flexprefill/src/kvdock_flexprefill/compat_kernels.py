@@ -4,11 +4,7 @@ The last queries stand at the end of a tile [B, ·], whether or not there are B 
 offsets q − k that key block j holds are those of the block diagonals Nk − 1 − j and Nk − 2 − j,
 offsets being counted from the far end as the published chunks are.
 
-Sorted sums are never formed. A positive float's bits rank as its value does: the largest value down
-to which all entries do not fit under the share is found bit pair by bit pair, and the entries of
-just this value that still fit are counted.
-
-Shapes as in `kernels.py`.
+Shapes as in `kernels.py`; S parts of the keys.
 """
 
 # ruff: noqa: ANN001, ANN201, ANN202  (a kernel's arguments are the compiler's values, not Python's)
@@ -19,33 +15,78 @@ import triton
 import triton.language as tl
 
 from kvdock_flexprefill.kernels import covering, entropy, tile
+from kvdock_flexprefill.search_kernels import find, room_at
 
-LENGTHS = ("rows", "q_length", "k_length", "tiles", "share", "blocks")
+LENGTHS = ("rows", "q_length", "k_length", "share")
 """As in `kernels.py`."""
 
 
-@triton.jit(do_not_specialize=("rows", "blocks"))
-def merge_levels(level, lse, rows, blocks, BLOCK: tl.constexpr, ROWS: tl.constexpr):
-    """Join the log-sum-exps of all key blocks, and add log2(rows), for ``ROWS`` queries.
+@triton.jit
+def _join(top, total, part):
+    """Join log-sum-exps [R, n] to running ones; ``top`` stays finite."""
+    higher = tl.maximum(top, tl.max(part, 1))
+    return higher, total * tl.exp2(top - higher) + tl.sum(tl.exp2(part - higher[:, None]), 1)
+
+
+@triton.jit(do_not_specialize=(*LENGTHS, "blocks"))
+def part_levels(
+    q, k, level, mean,
+    q_batch, q_head, q_row, k_batch, k_head, k_row,
+    heads, rows, q_length, k_length, blocks, share, scale, natural,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr,
+    STAGES: tl.constexpr, PATTERN: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Write the last queries' log-sum-exps over ``share`` key blocks, and mean scores.
 
     Args:
-        level: float32 [pairs, Nk, B]. lse: float32 [pairs, B]; +inf where there is no query.
+        level: float32 [pairs, S, B] in base 2. mean: float32 [pairs, Nk], for the pattern test.
     """
     pair = tl.program_id(0).to(tl.int64)
-    r = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    c = tl.arange(0, BLOCK)
-    level += pair * blocks * BLOCK
-    top = tl.full([ROWS], float("-inf"), tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
-    for start in range(0, blocks, BLOCK):
-        inside = start + c < blocks
-        place = level + (start + c)[:, None] * BLOCK + r[None, :]
-        part = tl.load(place, mask=inside[:, None], other=float("-inf"))
-        higher = tl.maximum(top, tl.max(part, 0))  # finite: every query sees the first block
-        total = total * tl.exp2(top - higher) + tl.sum(tl.exp2(part - higher[None, :]), 0)
-        top = higher
-    found = top + tl.log2(total * rows)
-    tl.store(lse + pair * BLOCK + r, tl.where(r < rows, found, float("inf")))
+    batch, head = pair // heads, pair % heads
+    r, c, d = tl.arange(0, BLOCK), tl.arange(0, BLOCK), tl.arange(0, PADDED)
+    first = k_length - rows
+    q_base = q + batch * q_batch + head * q_head + tl.cast(q_length - rows, tl.int64) * q_row
+    query = tile(q_base, q_row, r, r < rows, d, HEAD_DIM, PADDED, False, UPCAST)
+    k_base = k + batch * k_batch + (head // GROUP) * k_head
+    mean += pair * blocks
+    begin = tl.program_id(1) * share
+    end = tl.minimum(begin + share, blocks)
+    # blocks that all queries see to their end
+    middle = tl.minimum(tl.maximum((first + 1) // BLOCK, begin), end)
+    top = tl.full([BLOCK], -3.0e38, tl.float32)
+    total = tl.zeros([BLOCK], tl.float32)
+    for j in tl.range(begin, middle, num_stages=STAGES):
+        base = k_base + tl.cast(j * BLOCK, tl.int64) * k_row
+        key = tile(base, k_row, c, c >= 0, d, HEAD_DIM, PADDED, True, UPCAST)
+        logits = tl.dot(query, tl.trans(key), input_precision="tf32x3")
+        if PATTERN:  # queries that do not exist are zero and add nothing
+            tl.store(mean + j, tl.sum(tl.sum(logits, 1), 0) * natural / (BLOCK * rows))
+        top, total = _join(top, total, logits * scale)
+    for j in tl.range(middle, end, num_stages=1):
+        column = j * BLOCK + c
+        base = k_base + tl.cast(j * BLOCK, tl.int64) * k_row
+        key = tile(base, k_row, c, column < k_length, d, HEAD_DIM, PADDED, False, UPCAST)
+        logits = tl.dot(query, tl.trans(key), input_precision="tf32x3")
+        if PATTERN:
+            count = tl.minimum(BLOCK, k_length - j * BLOCK) * rows
+            tl.store(mean + j, tl.sum(tl.sum(logits, 1), 0) * natural / count)
+        seen = column[None, :] <= (first + r)[:, None]
+        top, total = _join(top, total, tl.where(seen, logits * scale, float("-inf")))
+    found = tl.where(total > 0, top + tl.log2(tl.where(total > 0, total, 1.0)), float("-inf"))
+    tl.store(level + (pair * tl.num_programs(1) + tl.program_id(1)) * BLOCK + r, found)
+
+
+@triton.jit
+def _joined_level(level, r, real, parts, rows, BLOCK: tl.constexpr):
+    """Return the log-sum-exps of all keys plus log2(rows); +inf where there is no query."""
+    top = tl.full([BLOCK], -3.0e38, tl.float32)
+    total = tl.zeros([BLOCK], tl.float32)
+    p = tl.arange(0, 8)
+    for start in range(0, parts, 8):
+        mask = real[:, None] & (start + p < parts)[None, :]
+        place = level + (start + p)[None, :] * BLOCK + r[:, None]
+        top, total = _join(top, total, tl.load(place, mask=mask, other=float("-inf")))
+    return tl.where(real, top + tl.log2(tl.where(real, total * rows, 1.0)), float("inf"))
 
 
 @triton.jit
@@ -73,18 +114,18 @@ def _tile_mass(
         tl.store(mass + (e + 1) * one + place, own, mask=place >= 0)
 
 
-@triton.jit(do_not_specialize=LENGTHS)
+@triton.jit(do_not_specialize=(*LENGTHS, "tiles", "parts"))
 def tile_masses(
-    q, k, lse, mass,
+    q, k, level, mass,
     q_batch, q_head, q_row, k_batch, k_head, k_row,
-    pairs, heads, rows, q_length, k_length, tiles, share, scale,
+    pairs, heads, rows, q_length, k_length, tiles, share, parts, scale,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr,
     KEYS: tl.constexpr, STAGES: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Write `_tile_mass` of ``share`` tiles of keys; heads of a group run side by side.
 
     Args:
-        lse: float32 [pairs, B] of `merge_levels`.
+        level: of `part_levels`.
         mass: float32 [B / KEYS + 2, pairs, Nk, B], per token, and in parts per offset, counted from
             the far end; part e is not written at its last e · KEYS places.
     """
@@ -92,7 +133,8 @@ def tile_masses(
     batch, head = pair // heads, pair % heads
     r, d = tl.arange(0, BLOCK), tl.arange(0, PADDED)
     real = r >= BLOCK - rows
-    level = tl.load(lse + pair * BLOCK + r - (BLOCK - rows), mask=real, other=float("inf"))
+    level += pair * parts * BLOCK
+    lse = _joined_level(level, r - (BLOCK - rows), real, parts, rows, BLOCK)
     q_base = q + batch * q_batch + head * q_head + tl.cast(q_length - BLOCK, tl.int64) * q_row
     query = tile(q_base, q_row, r, real, d, HEAD_DIM, PADDED, False, UPCAST)
     k_base = k + batch * k_batch + (head // GROUP) * k_head
@@ -104,52 +146,43 @@ def tile_masses(
     middle = tl.minimum(tl.maximum((k_length - rows + 1) // KEYS, begin), end)
     for t in tl.range(begin, middle, num_stages=STAGES):
         _tile_mass(
-            query, level, k_base, k_row, mass, one, t, tiles, k_length, scale, d,
+            query, lse, k_base, k_row, mass, one, t, tiles, k_length, scale, d,
             HEAD_DIM, PADDED, BLOCK, KEYS, True, UPCAST,
         )  # fmt: skip
     for t in tl.range(middle, end, num_stages=1):
         _tile_mass(
-            query, level, k_base, k_row, mass, one, t, tiles, k_length, scale, d,
+            query, lse, k_base, k_row, mass, one, t, tiles, k_length, scale, d,
             HEAD_DIM, PADDED, BLOCK, KEYS, False, UPCAST,
         )  # fmt: skip
 
 
-@triton.jit
-def next_edge(low, step, one, two, three, limit):
-    """Move ``low`` up by the steps, three at most, whose sums are still above ``limit``."""
-    low += step * (tl.sum(one.to(tl.float64)).to(tl.float32) > limit).to(tl.int32)
-    low += step * (tl.sum(two.to(tl.float64)).to(tl.float32) > limit).to(tl.int32)
-    return low + step * (tl.sum(three.to(tl.float64)).to(tl.float32) > limit).to(tl.int32)
-
-
-@triton.jit
-def room_at(edge, held, limit):
-    """Return how many entries of value ``edge`` (bits) fit between ``held`` and ``limit``."""
-    value = edge.to(tl.float32, bitcast=True)
-    missing = (limit - held).to(tl.float32)
-    return tl.where(value > 0, tl.floor(missing / tl.where(value > 0, value, 1.0)), 0.0).to(
-        tl.int32
-    )
-
-
-@triton.jit(do_not_specialize=("pairs", "k_length", "blocks"))
-def count_largest(
-    mass, sums, count, pairs, k_length, blocks, gamma,
-    BLOCK: tl.constexpr, KEYS: tl.constexpr, CHUNK: tl.constexpr,
+@triton.jit(do_not_specialize=("pairs", "k_length", "blocks", "least", "most"))
+def choose(
+    mass, mean, sums, count, slots, chosen, aware,
+    pairs, k_length, blocks, gamma, tau, least, most,
+    BLOCK: tl.constexpr, KEYS: tl.constexpr, CHUNK: tl.constexpr, SLOTS: tl.constexpr,
+    WIDTH: tl.constexpr, PUBLISHED: tl.constexpr, PATTERN: tl.constexpr,
 ):  # fmt: skip
-    """Count one head's largest tokens, or offsets, with a sum ≤ gamma, plus one; sum blocks.
+    """Choose one head's verticals, or slashes, and say whether it is query-aware.
+
+    Counted are the largest tokens, or offsets, with a sum ≤ gamma, plus one.
 
     Args:
         mass: of `tile_masses`; the parts of the offsets are joined here.
-        sums: float32 [2, pairs, Nk]. count: int32 [2, pairs].
+        sums: float32 [2, 2, pairs, Nk], the masses of blocks, and of verticals again.
+        count: int32 [2, pairs]. slots: int32 [2, pairs, 1 + SLOTS].
+        chosen: int8 [2, pairs, Nk], verticals and slashes. aware: int8 [pairs].
     """
     pair, kind = tl.program_id(0).to(tl.int64), tl.program_id(1)
     entries = blocks * BLOCK
     one_part = tl.cast(pairs, tl.int64) * entries
-    mass += kind * one_part + pair * entries
+    tokens = mass + pair * entries
+    mass = tokens + kind * one_part
     sums += (kind * pairs + pair) * blocks
-    b, c = tl.arange(0, CHUNK), tl.arange(0, BLOCK)
-    for start in range(0, blocks, CHUNK):
+    other_sums = sums + 2 * tl.cast(pairs, tl.int64) * blocks
+    b, c = tl.arange(0, CHUNK // BLOCK), tl.arange(0, BLOCK)
+    total = tl.zeros([CHUNK // BLOCK], tl.float64)
+    for start in range(0, blocks, CHUNK // BLOCK):
         inside = start + b < blocks
         place = (start + b)[:, None] * BLOCK + c[None, :]
         part = tl.load(mass + place, mask=inside[:, None], other=0.0)
@@ -158,56 +191,24 @@ def count_largest(
                 written = place < entries - e * KEYS
                 part += tl.load(mass + e * one_part + place, mask=written, other=0.0)
             tl.store(mass + place, part, mask=inside[:, None])
-        tl.store(sums + start + b, tl.sum(part, 1), mask=inside)
+        own = tl.sum(part, 1)
+        total += own.to(tl.float64)
+        tl.store(sums + start + b, own, mask=inside)
+        if PATTERN:
+            part = tl.load(tokens + place, mask=inside[:, None], other=0.0)
+            tl.store(other_sums + start + b, tl.sum(part, 1), mask=inside)
     tl.debug_barrier()
-    e = tl.arange(0, CHUNK * BLOCK)
-    entries = blocks * BLOCK
-    edge, step = blocks * 0, blocks * 0 + (1 << 28)  # four steps reach 2.0
-    for _ in range(15):
-        one = tl.zeros([CHUNK * BLOCK], tl.float32)
-        two = tl.zeros([CHUNK * BLOCK], tl.float32)
-        three = tl.zeros([CHUNK * BLOCK], tl.float32)
-        for start in range(0, entries, CHUNK * BLOCK):
-            part = tl.load(mass + start + e, mask=start + e < entries, other=0.0)
-            bits = part.to(tl.int32, bitcast=True) - edge
-            one += tl.where(bits >= step, part, 0.0)
-            two += tl.where(bits >= 2 * step, part, 0.0)
-            three += tl.where(bits >= 3 * step, part, 0.0)
-        edge = next_edge(edge, step, one, two, three, gamma)
-        step = step // 4
-    total, held = tl.zeros([CHUNK * BLOCK], tl.float32), tl.zeros([CHUNK * BLOCK], tl.float32)
-    larger, equal = tl.zeros([CHUNK * BLOCK], tl.int32), tl.zeros([CHUNK * BLOCK], tl.int32)
-    for start in range(0, entries, CHUNK * BLOCK):
-        part = tl.load(mass + start + e, mask=start + e < entries, other=0.0)
-        bits = part.to(tl.int32, bitcast=True)
-        total += part
-        held += tl.where(bits > edge, part, 0.0)
-        larger += (bits > edge).to(tl.int32)
-        equal += (bits == edge).to(tl.int32)
-    room = room_at(edge, tl.sum(held.to(tl.float64)), gamma)
-    found = tl.sum(larger) + tl.minimum(room, tl.sum(equal))
-    found = tl.where(tl.sum(total.to(tl.float64)).to(tl.float32) <= gamma, k_length, found)
-    tl.store(count + kind * pairs + pair, found + 1)
-
-
-@triton.jit(do_not_specialize=("pairs", "blocks", "least", "most"))
-def decide_compat(
-    sums, count, mean, chosen, aware, pairs, blocks, tau, least, most,
-    PUBLISHED: tl.constexpr, WIDTH: tl.constexpr, PATTERN: tl.constexpr,
-):  # fmt: skip
-    """Choose one head's verticals and slashes and say whether it is query-aware.
-
-    Args:
-        sums, count: of `count_largest`. chosen: int8 [2, pairs, Nk], verticals and slashes.
-    """
-    pair = tl.program_id(0).to(tl.int64)
+    slots += (kind * pairs + pair) * (1 + SLOTS)
+    edge, held, larger, equal = find(mass, entries, 1.0, gamma, slots, CHUNK, SLOTS)
+    found = larger + tl.minimum(room_at(edge, held, gamma), equal)
+    found = tl.where(tl.sum(total, 0).to(tl.float32) <= gamma, k_length, found) + 1
+    tl.store(count + kind * pairs + pair, found)
+    wanted = tl.minimum(tl.maximum(found // PUBLISHED + 1, least), most)
     j = tl.arange(0, WIDTH)
     inside = j < blocks
-    vertical = tl.load(sums + pair * blocks + j, mask=inside, other=0.0)
-    slash = tl.load(sums + (pairs + pair) * blocks + j, mask=inside, other=0.0)
-    verticals = tl.minimum(tl.maximum(tl.load(count + pair) // PUBLISHED + 1, least), most)
-    slashes = tl.minimum(tl.maximum(tl.load(count + pairs + pair) // PUBLISHED + 1, least), most)
+    own = tl.load(sums + j, mask=inside, other=0.0)
     if PATTERN:
+        vertical = tl.load(other_sums + j, mask=inside, other=0.0)
         pooled = tl.load(mean + pair * blocks + j, mask=inside, other=float("-inf"))
         pooled = tl.exp(pooled - tl.max(pooled, 0))
         pooled = pooled / tl.sum(pooled, 0)
@@ -215,12 +216,9 @@ def decide_compat(
         least_share = tl.min(tl.where(inside, tl.minimum(pooled, vertical), 1.0), 0)
         trusted = tl.sqrt(tl.maximum(tl.sum(apart, 0) * 0.5, 0.0)) < tau
         trusted = trusted & (least_share > 0)  # the published divergence is NaN there
-        tl.store(aware + pair, trusted.to(tl.int8))
-        verticals = tl.where(trusted, least, verticals)
-        slashes = tl.where(trusted, least, slashes)
-    order = tl.where(j == 0, 2.0, vertical)
-    kept = covering(vertical, order, inside, 0.0, verticals, verticals, WIDTH)
-    tl.store(chosen + pair * blocks + j, kept.to(tl.int8), mask=inside)
-    order = tl.where(j == 0, 2.0, slash)
-    kept = covering(slash, order, inside, 0.0, slashes, slashes, WIDTH)
-    tl.store(chosen + (pairs + pair) * blocks + j, kept.to(tl.int8), mask=inside)
+        if kind == 0:
+            tl.store(aware + pair, trusted.to(tl.int8))
+        wanted = tl.where(trusted, least, wanted)
+    order = tl.where(j == 0, 2.0, own)
+    kept = covering(own, order, inside, 0.0, wanted, wanted, WIDTH)
+    tl.store(chosen + (kind * pairs + pair) * blocks + j, kept.to(tl.int8), mask=inside)

@@ -58,9 +58,11 @@ def select(
 def pattern(query: Tensor, key: Tensor, scaling: float, options: FlexPrefillOptions) -> Pattern:
     """Compute `kvdock_flexprefill.reference.find_pattern`."""
     problem = Problem(query, key, scaling, options)
-    settle = compat.decide if options.mode == "compat" else decide
     with torch.cuda.device(query.device) if query.is_cuda else contextlib.nullcontext():
-        chosen, aware = settle(problem, *block_levels(problem))
+        if options.mode == "compat":
+            chosen, aware = compat.decide(problem)
+        else:
+            chosen, aware = decide(problem, *block_levels(problem))
     shape = (*query.shape[:2], -1)
     aware = aware.view(shape[:2]) if options.tau > 0 else aware.new_zeros(shape[:2])
     return Pattern(chosen[0].bool().view(shape), chosen[1].bool().view(shape), aware.bool())

@@ -26,9 +26,11 @@ class Tuning:
         warps, stages, registers: of the first kernel, which does nearly all the arithmetic.
         decide_warps, chunk: of the second kernel; rows of log-sum-exps read at a time.
         emit_columns: list columns per warp of the last kernel.
-        mass_keys, mass_stages: keys per step of compat's second pass over the scores.
-        entries, entry_warps, edge_warps: values that compat's two searches read at a time, and
-            the warps of either.
+        mass_keys, mass_stages, mass_warps, mass_registers: keys per step of compat's second pass
+            over the scores, and how it is compiled.
+        share_rows: block rows of compat's pooled attention per program.
+        entries, slots, entry_warps, edge_warps: values that compat's two searches read at a time,
+            values that they end with in registers, and the warps of either.
     """
 
     programs: int = 264
@@ -42,7 +44,11 @@ class Tuning:
     emit_columns: int = 256
     mass_keys: int = 32
     mass_stages: int = 3
+    mass_warps: int = 8
+    mass_registers: int | None = None
+    share_rows: int = 32
     entries: int = 8192
+    slots: int = 8192
     entry_warps: int = 16
     edge_warps: int = 32
 
