@@ -31,7 +31,8 @@ from kvdock.kernels.sparse import SparseBackend, choose_sparse_backend
 from kvdock.policy import AttentionParams, AttentionPolicy, ModelFacts
 
 FORCED = (0.1, 0.15)
-WARM_UP_TOKENS = 4096
+WARM_UP_TOKENS = 17_408
+"""More than what is run in slices, so that this is compiled too."""
 
 
 class DensePrefill(AttentionPolicy):

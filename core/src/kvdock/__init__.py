@@ -61,8 +61,8 @@ def attach(
             stay bit-identical), "auto" takes the fastest usable one. With sparse prefill it names
             that kernel, and None takes the fastest.
         graph: capture the decode step as a CUDA graph: "auto" where possible, True or raise.
-        slice_above: prompts longer than this run token-wise layers (MLP, norms) in slices; None
-            never does.
+        slice_above: prompts longer than this run token-wise layers (MLP, norms) in slices, and with
+            Triton as fused kernels, which may differ in the last bit; None never does.
         **options: the method's options; for several methods also "method.option".
     """
     from kvdock.attach import attach as implementation

@@ -70,19 +70,19 @@ class FusedStep:
 
     def _find(self, model: Any, dtype: torch.dtype) -> None:
         """Collect the modules whose fused form gives what they give themselves."""
-        hidden = _tokens(model.config.hidden_size, model.device, dtype)
+        hidden = tokens(model.config.hidden_size, model.device, dtype)
         normed: set[nn.Module] = set()
         layers = []
         for module in model.modules():
             name = type(module).__name__
-            if not type(module).__module__.startswith("transformers.") or _changed(module):
+            if not type(module).__module__.startswith("transformers.") or changed(module):
                 continue
             if name.endswith("RMSNorm"):
-                states = _tokens(module.weight.shape[-1], model.device, dtype)
+                states = tokens(module.weight.shape[-1], model.device, dtype)
                 if self._keep(module, self._norm(module), states):
                     normed.add(module)
             elif name.endswith("MLP") and hasattr(module, "down_proj"):
-                mlp = self._mlp(module)
+                mlp = gated_mlp(module, self._kernels)
                 if mlp is not None:
                     self._keep(module, mlp, hidden)
             elif name in {f"{family}Attention" for family in FAMILIES}:
@@ -103,26 +103,10 @@ class FusedStep:
         shapes = tuple(tuple(weight.shape) for weight in module.parameters())
         kind = type(module), shapes, getattr(module, "variance_epsilon", None)
         if kind not in self._verdicts:
-            self._verdicts[kind] = self._agrees(module, fused, *case)
+            self._verdicts[kind] = agrees(module, fused, *case)
         if self._verdicts[kind]:
             self._forwards.append((module, fused))
         return self._verdicts[kind]
-
-    def _agrees(self, module: nn.Module, fused: Callable[..., Any], *case: Any) -> bool:
-        try:
-            wanted, found = type(module).forward(module, *case), fused(*case)
-            if isinstance(wanted, tuple):
-                wanted, found = wanted[0], found[0]
-            off = (found.double() - wanted.double()).abs().max() / wanted.double().abs().max()
-            good = (
-                bool(off <= UNITS * torch.finfo(wanted.dtype).eps) and found.dtype == wanted.dtype
-            )
-            reason = f"differs by {float(off):.1e}"
-        except Exception as error:  # another signature, no compiler, a dtype without a kernel
-            good, reason = False, f"{type(error).__name__}: {error}"
-        if not good:
-            _log.info("%s runs unfused in captured decode: %s", type(module).__name__, reason)
-        return good
 
     # -- fused forwards ----------------------------------------------------------------------------
 
@@ -136,22 +120,6 @@ class FusedStep:
                 hidden_states, module.weight, module.variance_epsilon
             )
             return made
-
-        return forward
-
-    def _mlp(self, module: Any) -> Callable[..., Any] | None:
-        """Return an MLP whose gate is one kernel; None where the activation is another one."""
-        activation = getattr(module, "act_fn", getattr(module, "activation_fn", None))
-        if not isinstance(activation, nn.SiLU) and "SiLU" not in type(activation).__name__:
-            return None
-        together = getattr(module, "gate_up_proj", None)
-
-        def forward(x: Tensor) -> Any:
-            if together is None:
-                gate, up = module.gate_proj(x), module.up_proj(x)
-            else:
-                gate, up = together(x).chunk(2, dim=-1)
-            return module.down_proj(self._kernels.gated(gate, up))
 
         return forward
 
@@ -202,7 +170,42 @@ class FusedStep:
         return forward
 
 
-def _changed(module: nn.Module) -> bool:
+def agrees(
+    module: nn.Module, fused: Callable[..., Any], *case: Any, what: str = "captured decode"
+) -> bool:
+    """Say whether a fused form gives on a small case what the module itself gives."""
+    try:
+        wanted, found = type(module).forward(module, *case), fused(*case)
+        if isinstance(wanted, tuple):
+            wanted, found = wanted[0], found[0]
+        off = (found.double() - wanted.double()).abs().max() / wanted.double().abs().max()
+        good = bool(off <= UNITS * torch.finfo(wanted.dtype).eps) and found.dtype == wanted.dtype
+        reason = f"differs by {float(off):.1e}"
+    except Exception as error:  # another signature, no compiler, a dtype without a kernel
+        good, reason = False, f"{type(error).__name__}: {error}"
+    if not good:
+        _log.info("%s runs unfused in %s: %s", type(module).__name__, what, reason)
+    return good
+
+
+def gated_mlp(module: Any, kernels: ModuleType) -> Callable[..., Any] | None:
+    """Return an MLP whose gate is one kernel; None where the activation is another one."""
+    activation = getattr(module, "act_fn", getattr(module, "activation_fn", None))
+    if not isinstance(activation, nn.SiLU) and "SiLU" not in type(activation).__name__:
+        return None
+    together = getattr(module, "gate_up_proj", None)
+
+    def forward(x: Tensor) -> Any:
+        if together is None:
+            gate, up = module.gate_proj(x), module.up_proj(x)
+        else:
+            gate, up = together(x).chunk(2, dim=-1)
+        return module.down_proj(kernels.gated(gate, up))
+
+    return forward
+
+
+def changed(module: nn.Module) -> bool:
     """Say whether somebody replaced this instance's forward; the core's slices do not count."""
     own = module.__dict__.get("forward")
     if getattr(own, "__name__", "") == "sliced_forward":
@@ -210,7 +213,7 @@ def _changed(module: nn.Module) -> bool:
     return own is not None and getattr(own, "__func__", None) is not type(module).forward
 
 
-def _tokens(channels: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+def tokens(channels: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     """Return states of one token in each of two rows, [2, 1, C]."""
     generator = torch.Generator().manual_seed(0)
     return torch.randn(2, 1, channels, generator=generator).to(device, dtype)

@@ -1,9 +1,12 @@
 """Token-wise layers in slices: the same result, and instances given back as they were."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 import kvdock
+from kvdock.long_forms import LongForms
 from kvdock.slicing import token_wise
 from kvdock.testing_models import left_padded, tiny_model
 
@@ -42,6 +45,34 @@ def test_no_call_gets_more_than_a_slice(model, policies, row, generate):
         assert generate(model, row, 4) == expected
     hook.remove()
     assert lengths == [16, 16, 16, 16, 16, 16, 1, 1, 1, 1]
+
+
+@pytest.mark.parametrize("wrong", ["", "rms_norm", "gated"])
+@pytest.mark.parametrize("family", ["llama", "glm4"])
+def test_fused_forms_take_the_place_of_slices(family, wrong, policies, batch, monkeypatch):
+    """Plain torch stands in for the kernels; a form that is wrong is not taken."""
+    calls = []
+
+    def rms_norm(states, weight, eps):
+        calls.append(("rms_norm", states.shape[1]))
+        scale = (states.pow(2).mean(-1, keepdim=True) + eps).rsqrt()
+        return weight * states * scale * (1.1 if wrong == "rms_norm" else 1)
+
+    def gated(gate, up):
+        calls.append(("gated", gate.shape[1]))
+        return torch.nn.functional.silu(gate) * up * (1.1 if wrong == "gated" else 1)
+
+    model = tiny_model(family)
+    with kvdock.attach(model, [policies.Votes()], budget=48, slice_above=None) as dock:
+        expected = logits(model, batch, dock)
+    kernels = SimpleNamespace(rms_norm=rms_norm, gated=gated)
+    monkeypatch.setattr("kvdock.slicing.long_forms", lambda: LongForms(kernels, "cpu"))
+    with kvdock.attach(model, [policies.Votes()], budget=48, slice_above=20) as dock:
+        found = logits(model, batch, dock)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    assert {name for name, size in calls if size > 1} == {"rms_norm", "gated"} - {wrong}
+    assert {size for name, size in calls if name == "gated"} <= {1, 16}
+    assert {size for name, size in calls if name == "rms_norm"} <= {1, 97}
 
 
 def test_instances_are_restored(model, policies):

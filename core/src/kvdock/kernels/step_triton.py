@@ -1,4 +1,4 @@
-"""The small operations of a decode step, each as one Triton kernel.
+"""The small operations of a decode step, and of a long prompt, each as one Triton kernel.
 
 Every kernel rounds where the separate operations of a transformers model round, so that results
 differ from theirs at most by the order of a sum and the last bit of an exponential.
@@ -53,7 +53,7 @@ def gated(gate: Tensor, up: Tensor) -> Tensor:
     rows, block = gate.numel() // channels, 1024
     output = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
     with torch.cuda.device_of(gate):
-        _gated[(triton.cdiv(channels, block), rows)](
+        _gated[(rows, triton.cdiv(channels, block))](
             gate, up, output, gate.stride(-2), up.stride(-2), channels,
             BLOCK=block, num_warps=4, **EXACT,
         )  # fmt: skip
@@ -129,8 +129,8 @@ def _rms_norm(
 
 @triton.jit
 def _gated(gate, up, output, gate_row, up_row, channels, BLOCK: tl.constexpr):
-    row = tl.program_id(1).to(tl.int64)
-    c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    row = tl.program_id(0).to(tl.int64)
+    c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = c < channels
     kind = output.dtype.element_ty
     opening = tl.load(gate + row * gate_row + c, mask=inside, other=0.0).to(tl.float32)
