@@ -4,85 +4,42 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 from pathlib import Path
-from typing import Any
 
 import nox
+
+sys.path.insert(0, str(Path(__file__).parent / "envs"))
+from environments import (
+    ENVIRONMENTS,
+    FOLDERS,
+    PLUGINS,
+    ROOT,
+    compile_file,
+    compile_pins,
+    editable,
+    floors,
+    group,
+    install,
+    packages_of,
+    pinned,
+    pins,
+    prepare_process,
+    tests_of,
+)
 
 nox.needs_version = ">=2025.5.1"
 nox.options.default_venv_backend = "uv|virtualenv"
 nox.options.error_on_missing_interpreters = True
 
-ROOT = Path(__file__).parent.resolve()
-TOOLS = nox.project.load_toml(ROOT / "pyproject.toml")
-ENVIRONMENTS = sorted(path.parent.name for path in ROOT.glob("envs/*/requirements.in"))
-COMPANIONS = {
-    # a sparse prefill is also tested together with methods that compress the cache after it
-    "flexprefill": ("kivi", "snapkv", "streamingllm"),
-    "xattention": ("kivi", "snapkv", "streamingllm"),
-}
-FLOOR = ("pluggy==1.6.0", "typer==0.26.0")
-"""The lowest versions that core/pyproject.toml allows."""
-
-# without byte code every process parses torch anew, which doubles the time of the tests
-os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
-# a folder of wheels that is meant for pip serves uv as well
-if "PIP_FIND_LINKS" in os.environ:
-    os.environ.setdefault("UV_FIND_LINKS", ",".join(os.environ["PIP_FIND_LINKS"].split()))
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-# the workers of pytest share the cores
-os.environ.setdefault("OMP_NUM_THREADS", "1")
 WORKERS = ("-n", "2")
+UNPINNED = (
+    "--deselect",
+    "tests/packaging/test_environments.py::test_this_process_runs_in_one_of_the_environments_or_none",
+)
+"""Where nothing is pinned, no pin is met."""
 
-
-def metadata(directory: Path) -> dict[str, Any]:
-    """Read the pyproject.toml of one distribution."""
-    return nox.project.load_toml(directory / "pyproject.toml")
-
-
-PLUGINS = {
-    path.parent.name: metadata(path.parent)["tool"]["kvdock"]["environment"]
-    for path in sorted(ROOT.glob("plugins/*/pyproject.toml"))
-}
-
-
-def group(*names: str) -> tuple[str, ...]:
-    """Return the requirements of dependency groups of the root pyproject.toml."""
-    return nox.project.dependency_groups(TOOLS, *names)
-
-
-def plugins_of(environment: str) -> list[str]:
-    """List the plugins that are tested in an environment."""
-    own = [id for id, home in PLUGINS.items() if home == environment]
-    return sorted({*own, *COMPANIONS.get(environment, ())})
-
-
-def packages_of(environment: str) -> list[Path]:
-    """List the folders of our distributions that an environment holds."""
-    plugins = [ROOT / "plugins" / id for id in plugins_of(environment)]
-    benchmarks = [ROOT / "benchmarks"] if environment == "general" else []
-    return [ROOT / "core", *plugins, *benchmarks]
-
-
-def pins(environment: str) -> list[str]:
-    """Return the installer's arguments that pin an environment.
-
-    KVDOCK_GPU names packages of gpu.in to install too, such as "flash-attn-4".
-    """
-    folder = ROOT / "envs" / environment
-    kernels = os.environ.get("KVDOCK_GPU", "").split()
-    return ["-c", f"{folder}/constraints.txt", "-r", f"{folder}/requirements.in", *kernels]
-
-
-def install(session: nox.Session, environment: str, *extra: str) -> None:
-    """Install an environment with our distributions in editable form."""
-    extras = {"benchmarks": "[longbench]"}
-    editable = [
-        part
-        for folder in packages_of(environment)
-        for part in ("-e", f"{folder}{extras.get(folder.name, '')}")
-    ]
-    session.install(*pins(environment), *editable, *extra)
+prepare_process()
 
 
 @nox.session(tags=["check"])
@@ -97,17 +54,15 @@ def lint(session: nox.Session) -> None:
 @nox.session(tags=["check"], reuse_venv=True)
 def types(session: nox.Session) -> None:
     """Check types: strictly in the core, loosely in plugins and benchmarks."""
-    install(session, "general", *group("types"))
-    session.run("mypy", "-n", "2", "--strict", "core/src/kvdock")
-    sources = [f"{folder}/src" for folder in packages_of("general")[1:]]
-    session.run("mypy", "-n", "2", *sources)
+    session.install(*pins("general"), *editable(*FOLDERS), *group("types"))
+    session.run("mypy", "-n", "2", "core/src/kvdock", *(f"{path}/src" for path in FOLDERS[1:]))
 
 
 @nox.session(tags=["test"])
 @nox.parametrize("versions", ["floor", "latest"])
 def core(session: nox.Session, versions: str) -> None:
     """Test the core alone, without torch, on the lowest and the newest dependencies."""
-    session.install("-e", "core", *group("test"), *(FLOOR if versions == "floor" else ()))
+    session.install("-e", "core", *group("test"), *(floors() if versions == "floor" else ()))
     absent = "from importlib.util import find_spec; assert find_spec('torch') is None"
     session.run("python", "-c", absent)
     session.run("pytest", "core/tests", "--ignore=core/tests/torch", *session.posargs)
@@ -119,10 +74,15 @@ def add_tests(environment: str) -> None:
     @nox.session(name=f"tests-{environment}", tags=["env"], reuse_venv=True)
     def tests(session: nox.Session) -> None:
         install(session, environment, *group("test"))
-        folders = [f"{folder}/tests" for folder in packages_of(environment)]
         # what no version of transformers can change is tested in one environment
-        chosen = () if environment == "general" else ("-m", "not slow and not versionless")
-        session.run("pytest", *WORKERS, *chosen, *folders, "tests", *session.posargs)
+        once = (
+            "-m",
+            "not slow and not versionless and not general",
+            "--ignore-glob=core/tests/test_*.py",
+        )
+        chosen = () if environment == "general" else once
+        folders = tests_of(packages_of(environment))
+        session.run("pytest", *WORKERS, *chosen, *folders, *session.posargs)
 
     tests.__doc__ = f"Test the core and the methods of envs/{environment} on its pinned versions."
 
@@ -134,11 +94,9 @@ for name in ENVIRONMENTS:
 @nox.session(tags=["test"], reuse_venv=True)
 def kernels(session: nox.Session) -> None:
     """Run every package's Triton kernels in Triton's interpreter, against float64."""
-    lines = (ROOT / "envs" / "general" / "gpu.in").read_text().splitlines()
-    triton = [line for line in lines if line.startswith("triton==")]
-    plugins = [part for id in sorted(PLUGINS) for part in ("-e", f"plugins/{id}")]
-    session.install(*pins("general"), "-e", "core", *plugins, *group("test"), *triton)
-    folders = ["core/tests", *(f"plugins/{id}/tests" for id in sorted(PLUGINS))]
+    triton = pinned("general", "triton")
+    session.install(*pins("general"), *editable(*FOLDERS[:-1]), *group("test"), triton)
+    folders = [f"{folder}/tests" for folder in FOLDERS[:-1]]
     # a file's tests read what one run of its kernels left, so they stay together
     together = (*WORKERS, "--dist", "loadfile")
     session.run("pytest", *together, "-m", "interpret", *folders, *session.posargs)
@@ -148,8 +106,8 @@ def kernels(session: nox.Session) -> None:
 def exhaustive(session: nox.Session) -> None:
     """Run the long products and the full counts that the default sessions leave out."""
     install(session, "general", *group("test"))
-    folders = [f"{folder}/tests" for folder in packages_of("general")]
-    session.run("pytest", *WORKERS, "-m", "slow and not vllm", *folders, "tests", *session.posargs)
+    chosen = ("-m", "slow and not vllm and not built")
+    session.run("pytest", *WORKERS, *chosen, *tests_of(packages_of("general")), *session.posargs)
 
 
 @nox.session(default=False, reuse_venv=True, tags=["test"])
@@ -198,9 +156,8 @@ def vllm(session: nox.Session) -> None:
 def harness(session: nox.Session) -> None:
     """Run lm-eval's tasks through the bridge, offline."""
     # without constraints: its dependencies need older releases than the benchmarks' own
-    editable = [part for folder in packages_of("general") for part in ("-e", str(folder))]
-    pinned = ("-r", f"{ROOT}/envs/general/requirements.in", "-e", "benchmarks[lm-eval]")
-    session.install(*pinned, *editable, *group("test"))
+    ours = editable(*packages_of("general"), extras="[lm-eval]")
+    session.install("-r", f"{ROOT}/envs/general/requirements.in", *ours, *group("test"))
     session.run("pytest", "-m", "harness", "benchmarks/tests/harness", *session.posargs)
 
 
@@ -213,42 +170,30 @@ def docs(session: nox.Session) -> None:
 
 @nox.session(default=False, tags=["drift"])
 def latest(session: nox.Session) -> None:
-    """Test the general methods on the newest releases the ranges allow, without pins."""
-    editable = [part for folder in packages_of("general") for part in ("-e", str(folder))]
-    session.install("--upgrade", *editable, "accelerate", *group("test"))
-    folders = [f"{folder}/tests" for folder in packages_of("general")]
-    session.run("pytest", *folders, "tests", *session.posargs)
-
-
-def compile_pins(session: nox.Session, environment: str, target: Path) -> None:
-    """Write the pins of an environment to `target`; pins already there stay where they can."""
-    requirements = [*group("test")]
-    for folder in packages_of(environment):
-        project = metadata(folder)["project"]
-        requirements += project["dependencies"]
-        requirements += project.get("optional-dependencies", {}).get("hf", [])
-    ours = Path(session.create_tmp()) / "project.in"
-    third_party = sorted({line for line in requirements if not line.startswith("kvdock")})
-    ours.write_text("\n".join(third_party) + "\n")
-    folder = ROOT / "envs" / environment
-    compile_file(session, target, f"{folder}/requirements.in", f"{folder}/gpu.in", str(ours))
-
-
-def compile_file(session: nox.Session, target: Path, *arguments: str) -> None:
-    """Compile requirements to `target`.
-
-    The process gets almost no variables, because a folder of wheels or another index named in
-    one of them would leave its traces in the file.
-    """
-    kept = ("PATH", "HOME", "SSL_CERT_FILE", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "TMPDIR")
-    session.run(
-        *("uv", "pip", "compile", "--quiet", "--no-config", "--no-header", "--no-annotate"),
-        *("--python-version", "3.11", "--python-platform", "linux"),
-        *("--output-file", str(target), *session.posargs, *arguments),
-        env={name: os.environ[name] for name in kept if name in os.environ},
-        include_outer_env=False,
-        silent=True,
+    """Test everything on the newest releases that the ranges allow, without pins."""
+    session.install(
+        "--upgrade", *editable(*FOLDERS, extras="[longbench]"), "accelerate", *group("test")
     )
+    session.run("pytest", *WORKERS, *UNPINNED, *tests_of(FOLDERS), *session.posargs)
+
+
+@nox.session(default=False, venv_backend="uv", tags=["drift"])
+def minimums(session: nox.Session) -> None:
+    """Test the core and the methods on the lowest versions their metadata allow.
+
+    All but torch, which stays as it is pinned: before 2.13 there is no build for CPUs on the
+    package index. `-- torch` takes the lowest of it too, with its gigabytes of CUDA libraries.
+    """
+    wanted = list(session.posargs)
+    torch = () if "torch" in wanted else (pinned("general", "torch"),)
+    ours = editable(*FOLDERS[:-1])
+    session.install("--resolution", "lowest-direct", *ours, *group("test"), *torch)
+    session.run(
+        "python", "-c", "import torch, transformers as t; print(torch.__version__, t.__version__)"
+    )
+    chosen = ("-m", "not slow and not versionless")
+    arguments = [argument for argument in wanted if argument != "torch"]
+    session.run("pytest", *WORKERS, *chosen, *UNPINNED, *tests_of(FOLDERS[:-1]), *arguments)
 
 
 @nox.session(default=False, tags=["lock"])
@@ -283,24 +228,32 @@ def lock_vllm(session: nox.Session, kind: str) -> None:
     compile_file(session, target, f"{folder}/{kind}.in", *overrides)
 
 
-@nox.session(default=False, tags=["package"])
+@nox.session(default=False, tags=["isolation"])
 def wheels(session: nox.Session) -> None:
-    """Build the wheel and sdist of every distribution into dist/ and check their metadata."""
+    """Build the sdist of every distribution and from it the wheel, into dist/."""
     session.install("build[uv]", "twine")
     shutil.rmtree(ROOT / "dist", ignore_errors=True)
-    for folder in (ROOT / "core", *ROOT.glob("plugins/*/"), ROOT / "benchmarks"):
+    for folder in FOLDERS:
         build = ("python", "-m", "build", "--installer", "uv", "--outdir", "dist")
         session.run(*build, str(folder), silent=True)
     session.run("twine", "check", "--strict", *map(str, sorted(ROOT.glob("dist/*"))))
 
 
-@nox.session(default=False, tags=["package"], requires=["wheels"])
+@nox.session(default=False, tags=["isolation"], requires=["wheels"])
+def artifacts(session: nox.Session) -> None:
+    """Check what the wheels and sdists hold, and what every wheel brings with it."""
+    session.install("-e", "core", "uv", *group("test"))
+    session.run("pytest", "-m", "built", "tests/packaging/test_artifacts.py", *session.posargs)
+
+
+@nox.session(default=False, tags=["isolation"], requires=["wheels"])
 @nox.parametrize("method", sorted(PLUGINS))
 def isolated(session: nox.Session, method: str) -> None:
     """Test one method from its wheel, with nothing of ours beside it but the core."""
     # by path: an installer may take an older build of the same version from its cache
     built = [*ROOT.glob("dist/kvdock-*.whl"), *ROOT.glob(f"dist/kvdock_{method}-*.whl")]
     session.install(*pins(PLUGINS[method]), *map(str, built), *group("test"))
+    # nothing of the checkout may be found by accident
     session.chdir(session.create_tmp())
     listing = (
         "from importlib.metadata import distributions;"
@@ -310,4 +263,11 @@ def isolated(session: nox.Session, method: str) -> None:
     session.run("python", "-c", listing)
     session.run("kvdock", "doctor", method)
     config = ("-c", f"{ROOT}/pyproject.toml", "--rootdir", str(ROOT))
-    session.run("pytest", *config, f"{ROOT}/plugins/{method}/tests", *session.posargs)
+    proofs = [f"{ROOT}/plugins/{method}/tests", f"{ROOT}/tests/isolation"]
+    session.run("pytest", *WORKERS, *config, *proofs, *session.posargs)
+
+
+@nox.session(name="pip-only", venv_backend="none", default=False, tags=["isolation"])
+def pip_only(session: nox.Session) -> None:
+    """Install every method with pip alone from a clean clone and run the README's example."""
+    session.run(sys.executable, "tests/isolation/pip_only.py", *session.posargs, external=True)

@@ -94,8 +94,6 @@ def test_the_commands_of_the_benchmarks_are_found_by_the_core():
     assert COMMAND_GROUP in METADATA["benchmarks"]["project"]["entry-points"]
 
 
-def test_the_noxfile_tests_the_lowest_versions_the_core_allows():
-    floors = re.findall(r"\"((?:pluggy|typer)==[\d.]+)\"", (ROOT / "noxfile.py").read_text())
-    allowed = METADATA["core"]["project"]["dependencies"]
-    lowest = [re.match(r"([\w-]+)>=([\d.]+)", line).groups() for line in allowed]
-    assert sorted(floors) == sorted(f"{name}=={version}.0" for name, version in lowest)
+def test_the_core_states_a_lowest_version_that_nox_can_test():
+    for line in METADATA["core"]["project"]["dependencies"]:
+        assert re.fullmatch(r"[\w-]+>=[\d.]+(,<[\d.]+)?", line), line
