@@ -17,6 +17,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 
+from kvdock.compat import CACHE
 from kvdock_bench.answer import read_answer
 from kvdock_bench.protocol import stop_ids
 from kvdock_bench.record import MemoryUse, Timings
@@ -149,7 +150,7 @@ class Generator:
         extra: dict[str, Any] = {}
         cache = None
         if dock is None:
-            cache = extra["past_key_values"] = DynamicCache(config=self.model.config)
+            cache = extra[CACHE] = DynamicCache(config=self.model.config)
         if settings.stop:
             extra |= {"stop_strings": list(settings.stop), "tokenizer": self.tokenizer}
         torch.manual_seed(settings.seed)
@@ -159,8 +160,8 @@ class Generator:
         if any(tails):
             width = ids.shape[1] - max(tails)
             if dock is not None:
-                extra["past_key_values"] = dock.new_cache()
-            self._read(ids[:, :width], mask[:, :width], extra["past_key_values"])
+                extra[CACHE] = dock.new_cache()
+            self._read(ids[:, :width], mask[:, :width], extra[CACHE])
             # what the question adds is not compressed and is not counted
             held = watch.held_bytes() if dock is None else dock.report().bytes_held
         output = self.model.generate(
@@ -188,7 +189,7 @@ class Generator:
             input_ids=ids,
             attention_mask=mask,
             position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
-            past_key_values=cache,
+            **{CACHE: cache},
             use_cache=True,
             logits_to_keep=1,
         )
@@ -210,7 +211,7 @@ class Generator:
         held = cache_bytes(cache) if dock is None else dock.report().bytes_held
         held *= self._shards
         logits = self.model(
-            input_ids=ids[:, width:-1], attention_mask=mask[:, :-1], past_key_values=cache
+            input_ids=ids[:, width:-1], attention_mask=mask[:, :-1], **{CACHE: cache}
         ).logits[0]
         timings = watch.timings(1)
         wanted, chosen = ids[0, width + 1 :], logits.argmax(-1)

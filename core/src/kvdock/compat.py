@@ -40,6 +40,13 @@ except ImportError as error:
 IMPLEMENTATION = "kvdock"
 """The name under which the attention and the mask function are registered together."""
 
+CACHE_NAMES = ("past_key_values", "cache")
+"""What models and `generate` called their cache before transformers 5.24, and since then."""
+
+_PREPARED = inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
+CACHE = "cache" if "cache" in _PREPARED else "past_key_values"
+"""The name that the installed release takes without a warning."""
+
 FULL, SLIDING = "full_attention", "sliding_attention"
 
 _users = 0

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from kvdock.compat import CACHE
 from kvdock.errors import UnsupportedError
 from kvdock.frozen import FrozenCache, has_kernel
 from kvdock.graph import CaptureError, StepGraph
@@ -248,7 +249,7 @@ def docked_forward(dock: Dock, original: Callable[..., Any]) -> Callable[..., An
 
     @functools.wraps(original)  # generate() asks for the signature
     def forward(*args: Any, **kwargs: Any) -> Any:
-        cache = kwargs.get("past_key_values")
+        cache = kwargs.get(CACHE)
         if not args and isinstance(cache, DockCache) and cache.plan is dock.plan:
             decoder = cache.session.decoder
             if decoder is not None and _is_step(cache.session, kwargs):

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from kvdock.attention import dock_attention
 from kvdock.cache import KVHandle
+from kvdock.compat import CACHE
 from kvdock.layout import BatchLayout
 
 FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3")
@@ -131,7 +132,6 @@ class FusedStep:
             hidden_states: Tensor,
             position_embeddings: tuple[Tensor, Tensor],
             attention_mask: Any,
-            past_key_values: Any = None,
             **kwargs: Any,
         ) -> tuple[Tensor, None]:
             shape = (*hidden_states.shape[:-1], -1, module.head_dim)
@@ -141,7 +141,7 @@ class FusedStep:
             query = module.q_norm(query) if norms[0] else query
             key = module.k_norm(key) if norms[1] else key
             query, key = self._kernels.rotate(query, key, *position_embeddings)
-            key, value = past_key_values.update(key, value, module.layer_idx)
+            key, value = kwargs.pop(CACHE).update(key, value, module.layer_idx)
             output, _ = dock_attention(
                 module, query, key, value, attention_mask, scaling=module.scaling, **kwargs
             )

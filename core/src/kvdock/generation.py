@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from kvdock.cache import DockCache
-from kvdock.compat import check_reached
+from kvdock.compat import CACHE, CACHE_NAMES, check_reached
 from kvdock.decode import make_decoder
 from kvdock.errors import UnsupportedError
 from kvdock.report import held_bytes
@@ -80,7 +80,7 @@ def docked_generate(dock: Dock, original: Callable[..., Any]) -> Callable[..., A
         cache.session.begin_turn(_prompt_columns(given))
         clock = Clock(dock.device)
         ending = PrefillEnd(cache, clock)
-        given["past_key_values"] = cache
+        given[CACHE] = cache
         given["logits_processor"] = LogitsProcessorList(
             [*(given.get("logits_processor") or ()), ending]
         )
@@ -143,12 +143,15 @@ def _cache_for(dock: Dock, given: dict[str, Any]) -> DockCache:
             " [batch, columns]."
         )
     dock.check_mode()
-    cache = given.get("past_key_values")
-    if cache is None:
+    caches = {name: given.pop(name) for name in CACHE_NAMES if given.get(name) is not None}
+    if not caches:
         return dock.new_cache()
+    if len(caches) > 1:
+        raise UnsupportedError(f"{' and '.join(caches)} are both given; pass one cache.")
+    ((name, cache),) = caches.items()
     if not isinstance(cache, DockCache) or cache.plan is not dock.plan:
         raise UnsupportedError(
-            f"past_key_values is a {type(cache).__name__} that this dock did not make. Leave it"
+            f"{name} is a {type(cache).__name__} that this dock did not make. Leave it"
             " out, or pass dock.new_cache() (or the cache of an earlier turn with this dock)."
         )
     return cache

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvdock.compat import CACHE
+
 Run = Callable[[dict[str, Any]], Any]
 """Run the step's forward with these inputs in place of the given ones."""
 
@@ -140,12 +142,12 @@ def _remake(output: Any) -> Callable[[Any], Any]:
     Tensors are copied, since the next replay overwrites them; the cache is the caller's.
     """
     kind = type(output)
-    held = {name: value for name, value in output.items() if name != "past_key_values"}
+    held = {name: value for name, value in output.items() if name != CACHE}
 
     def made(rest: dict[str, Any]) -> Any:
         fresh = {name: _copied(value) for name, value in held.items()}
-        if "past_key_values" in output_names:
-            fresh["past_key_values"] = rest["past_key_values"]
+        if CACHE in output_names:
+            fresh[CACHE] = rest[CACHE]
         return kind(**fresh)
 
     output_names = frozenset(output.keys())

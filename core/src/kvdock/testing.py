@@ -20,6 +20,7 @@ from transformers.modeling_utils import AttentionInterface
 
 import kvdock
 from kvdock.attach import Dock
+from kvdock.compat import CACHE
 from kvdock.method import Method
 from kvdock.registry import default_host
 from kvdock.testing_models import FAMILIES, left_padded, tiny_model
@@ -127,7 +128,7 @@ def check_prefill_exact(case: Case) -> None:
     with torch.no_grad():
         plain = model(**alone(rows[0])).logits
         with case.attach(model) as dock:
-            docked = model(**alone(rows[0]), past_key_values=dock.new_cache()).logits
+            docked = model(**alone(rows[0]), **{CACHE: dock.new_cache()}).logits
     assert torch.equal(docked, plain), f"logits differ by {(docked - plain).abs().max():.2e}"
 
 
@@ -167,7 +168,7 @@ def check_later_turn(case: Case) -> None:
 
     def two_turns(dock: Any, first: dict[str, Tensor], second: dict[str, Tensor]) -> Tensor:
         cache = dock.new_cache()
-        answer = generate(model, first, past_key_values=cache, max_new_tokens=NEW // 2)
+        answer = generate(model, first, max_new_tokens=NEW // 2, **{CACHE: cache})
         real = torch.ones_like(answer)
         history = {
             "input_ids": torch.cat([first["input_ids"], answer, second["input_ids"]], dim=1),
@@ -175,7 +176,7 @@ def check_later_turn(case: Case) -> None:
                 [first["attention_mask"], real, second["attention_mask"]], dim=1
             ),
         }
-        result = generate(model, history, past_key_values=cache)
+        result = generate(model, history, **{CACHE: cache})
         dock.report()
         return result
 

@@ -17,7 +17,8 @@ from kvdock.errors import UnsupportedError
 from kvdock.testing_models import FAMILIES, tiny_model
 
 HAND_OVER = re.compile(
-    r"key_states, value_states = past_key_values?\.update\(\s*key_states, value_states,[^)]*\)\s*"
+    r"key_states, value_states = (?:past_key_values?|cache)\.update\("
+    r"\s*key_states, value_states,[^)]*\)\s*"
     r"attention_interface\b.*?"
     r"attention_interface\(\s*self,\s*query_states,\s*key_states,\s*value_states,\s*attention_mask",
     re.DOTALL,
@@ -126,10 +127,33 @@ def test_a_class_that_cannot_be_imported_is_named():
     assert "DynamicSlidingWindowLayer" in found.stdout and "transformers>=5.4,<6" in found.stdout
 
 
+@pytest.mark.filterwarnings("error::FutureWarning")
+def test_a_docked_generate_uses_no_deprecated_name(model, policies, row):
+    with kvdock.attach(model, [policies.Votes()], budget=48) as dock:
+        model.generate(**row, max_new_tokens=3)
+        model.generate(**row, max_new_tokens=3, **{compat.CACHE: dock.new_cache()})
+        assert dock.report().bytes_held
+
+
+@pytest.mark.parametrize("name", compat.CACHE_NAMES)
+def test_a_cache_is_taken_by_either_name(model, policies, row, name):
+    with kvdock.attach(model, [policies.Votes()], budget=48) as dock:
+        cache = dock.new_cache()
+        model.generate(**row, max_new_tokens=3, **{name: cache})
+        assert cache.get_seq_length() == row["input_ids"].shape[1] + 2
+
+
+def test_two_caches_are_refused(model, policies, row):
+    with kvdock.attach(model, [policies.Votes()], budget=48) as dock:
+        both = {name: dock.new_cache() for name in compat.CACHE_NAMES}
+        with pytest.raises(UnsupportedError, match="past_key_values and cache are both given"):
+            model.generate(**row, **both)
+
+
 @pytest.mark.parametrize(
     ("lost", "reason"),
     [
-        ("past_key_values", "cache of the dock|dock.new_cache"),
+        (compat.CACHE, "cache of the dock|dock.new_cache"),
         ("logits_processor", "never announced.*not returned"),
     ],
 )

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvdock.compat import CACHE
+
 
 @dataclass(frozen=True, slots=True)
 class Request:
@@ -70,7 +72,7 @@ def _steps(model: Any, dock: Any, requests: Sequence[Request]) -> Iterator[Tenso
     ids, mask = _pad_left(prompts, model.device)
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     cache = dock.new_cache()
-    given = {"past_key_values": cache, "use_cache": True, "logits_to_keep": 1}
+    given = {CACHE: cache, "use_cache": True, "logits_to_keep": 1}
     logits = model(input_ids=ids, attention_mask=mask, position_ids=positions, **given).logits
     rows = torch.tensor([prompts.index(request.prompt) for request in requests]).to(model.device)
     if len(prompts) < len(requests):
