@@ -177,22 +177,20 @@ def latest(session: nox.Session) -> None:
     session.run("pytest", *WORKERS, *UNPINNED, *tests_of(FOLDERS), *session.posargs)
 
 
-@nox.session(default=False, venv_backend="uv", tags=["drift"])
+@nox.session(default=False, tags=["drift"])
 def minimums(session: nox.Session) -> None:
-    """Test the core and the methods on the lowest versions their metadata allow.
+    """Test the core and the methods on the lowest versions that the core's metadata allow.
 
-    All but torch, which stays as it is pinned: before 2.13 there is no build for CPUs on the
-    package index. `-- torch` takes the lowest of it too, with its gigabytes of CUDA libraries.
+    All but torch, which stays as it is pinned; `-- torch` takes the lowest of it too, for which
+    the package index has CUDA builds only.
     """
-    wanted = list(session.posargs)
-    torch = () if "torch" in wanted else (pinned("general", "torch"),)
-    ours = editable(*FOLDERS[:-1])
-    session.install("--resolution", "lowest-direct", *ours, *group("test"), *torch)
-    session.run(
-        "python", "-c", "import torch, transformers as t; print(torch.__version__, t.__version__)"
-    )
+    lowest = [*floors(), *floors("hf")]
+    if "torch" not in session.posargs:
+        lowest = [line for line in lowest if not line.startswith("torch==")]
+        lowest.append(pinned("general", "torch"))
+    session.install(*lowest, *editable(*FOLDERS[:-1]), *group("test"))
     chosen = ("-m", "not slow and not versionless")
-    arguments = [argument for argument in wanted if argument != "torch"]
+    arguments = [argument for argument in session.posargs if argument != "torch"]
     session.run("pytest", *WORKERS, *chosen, *UNPINNED, *tests_of(FOLDERS[:-1]), *arguments)
 
 

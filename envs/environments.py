@@ -48,10 +48,11 @@ def group(*names: str) -> tuple[str, ...]:
     return nox.project.dependency_groups(metadata(ROOT), *names)
 
 
-def floors() -> list[str]:
-    """Return the core's dependencies, each at the lowest version that it allows."""
-    dependencies = metadata(ROOT / "core")["project"]["dependencies"]
-    return [re.sub(r">=([\d.]+).*", r"==\1", line) for line in dependencies]
+def floors(extra: str | None = None) -> list[str]:
+    """Return the core's dependencies, or an extra's, each at the lowest version it allows."""
+    project = metadata(ROOT / "core")["project"]
+    lines = project["optional-dependencies"][extra] if extra else project["dependencies"]
+    return [re.sub(r">=([\d.]+).*", r"==\1", line) for line in lines]
 
 
 def plugins_of(environment: str) -> list[str]:
