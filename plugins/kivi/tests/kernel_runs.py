@@ -4,6 +4,7 @@ A program of its own: the interpreter, which stands in for a GPU, has to be chos
 imported for the first time. `test_kernels.py` runs it.
 """
 
+import itertools
 import json
 import os
 import sys
@@ -38,12 +39,18 @@ def empty(geometry, keys, room, key_dim=None):
     return Packed.empty(geometry, lead, room, (dim, key_dim or dim, dim), keys)
 
 
-def attention(geometry, group, dim, lengths, dtype, *, queries=1, held=0, cut=None, splits=2):
-    """Return the largest errors of output and log-sum-exp against float64."""
-    rows, room, kv_heads = len(lengths), max(lengths), 2
-    q = draw(1, rows, kv_heads * group, queries, dim, dtype)
+def attention(
+    geometry, group, dim, lengths, dtype, *, queries=1, held=0, cut=None, splits=2, kv_heads=2,
+    size=1, offset=4, result=FULL,
+):  # fmt: skip
+    """Return the largest errors of output and log-sum-exp against float64.
+
+    Queries are ``size`` times the usual and one key channel stands ``offset`` apart.
+    """
+    rows, room = len(lengths), max(lengths)
+    q = draw(1, rows, kv_heads * group, queries, dim, dtype) * size
     k, v = (draw(seed, rows, kv_heads, room, dim, dtype) for seed in (2, 3))
-    k[..., 5] += 4
+    k[..., 5] += offset
     channels, narrow = None, q
     if cut:
         index = torch.arange(cut, device=DEVICE) * (dim // cut)
@@ -77,7 +84,7 @@ def attention(geometry, group, dim, lengths, dtype, *, queries=1, held=0, cut=No
     found, lse = kernels.attend(
         cache, geometry, q.flip(0), narrow.flip(0), order,
         torch.tensor(lengths, dtype=torch.int32, device=DEVICE), room, dim**-0.5,
-        held=held, splits=splits,
+        held=held, splits=splits, dtype=result,
     )  # fmt: skip
     return {
         "output": (found.flip(0).cpu() - torch.stack(outputs)).abs().max().item(),
@@ -144,6 +151,36 @@ def attentions():
         yield name, attention(geometry, group, dim, lengths, dtype, **more)
 
 
+def turns():
+    """Yield (name, errors) of float16 answers to one query and to turns of 9 and 200.
+
+    A short row stands beside a longer one. On a GPU all combinations run, in the interpreter every
+    pair of choices but many heads with many queries. Turns get queries of twice the usual size: a
+    single query's products with the scales are kept in one half, whose rounding grows with logits.
+    """
+    layouts = [(32, 64), (64, 64), (32, 128), (64, 128), (128, 128)]
+    heads, lengths = (1, 4, 8), (300, 40)
+    for (at, (g, dim)), bits, group, queries in itertools.product(
+        enumerate(layouts), (2, 4), heads, (1, 9, 200)
+    ):
+        if DEVICE == "cpu" and queries == 200 and (group > 1 or bits == (2, 4)[at % 2]):
+            continue
+        if DEVICE == "cpu" and queries < 200 and group != heads[(at + queries) % 3]:
+            continue
+        yield f"{bits} bits g={g} D={dim} G={group} Q={queries}", attention(
+            Geometry(bits, g, 128), group, dim, lengths, HALF, queries=queries, kv_heads=1,
+            size=1 if queries == 1 else 2, offset=8, result=HALF,
+        )  # fmt: skip
+    more = {"kv_heads": 1, "size": 2, "offset": 8, "result": HALF}
+    for geometry, group, queries in (
+        (Geometry(4, 64, 128), 4, 200), (Geometry(2, 32, 32), 8, 9), (Geometry(4, 32, 32), 1, 70),
+    ):  # fmt: skip
+        yield (
+            f"{geometry} G={group} Q={queries}",
+            attention(geometry, group, 64, lengths, HALF, queries=queries, **more),
+        )
+
+
 def packings():
     """Yield (name, tensors that differ)."""
     for geometry, dim, dtype, cut in (
@@ -153,4 +190,5 @@ def packings():
         yield f"{geometry} D={dim} {dtype} cut={cut}", packing(geometry, dim, dtype, cut)
 
 
-print(json.dumps({"attention": dict(attentions()), "packing": dict(packings())}))
+found = {"attention": attentions(), "turns": turns(), "packing": packings()}
+print(json.dumps({name: dict(items) for name, items in found.items()}))

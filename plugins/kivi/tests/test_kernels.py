@@ -35,6 +35,16 @@ def test_decode_and_later_turns_agree_with_float64(runs, measure):
 
 
 @pytest.mark.interpret
+def test_half_precision_answers_are_as_near_as_a_half_can_be(runs):
+    assert len(runs["turns"]) == (93 if torch.cuda.is_available() else 28)
+    errors = {name: run["output"] for name, run in runs["turns"].items()}
+    assert {name: error for name, error in errors.items() if not error <= 2e-3} == {}
+    # a float16 below 4 is rounded by 2^-10 at most; a turn's own errors stay far below that
+    levels = {name: run["lse"] for name, run in runs["turns"].items() if "Q=1" not in name.split()}
+    assert {name: error for name, error in levels.items() if not error <= 2e-4} == {}
+
+
+@pytest.mark.interpret
 def test_packing_leaves_the_bytes_that_plain_torch_leaves(runs):
     assert len(runs["packing"]) >= 4
     assert {name: wrong for name, wrong in runs["packing"].items() if wrong} == {}

@@ -42,7 +42,8 @@ def packed_attention(
     D: tl.constexpr, DP: tl.constexpr, DK: tl.constexpr, DKP: tl.constexpr,
     DV: tl.constexpr, DVP: tl.constexpr, M: tl.constexpr, REPEAT: tl.constexpr,
     BITS: tl.constexpr, G: tl.constexpr, R: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr, INTERPRET: tl.constexpr, UPCAST: tl.constexpr, STAGES: tl.constexpr,
+    COLUMNS: tl.constexpr, FINE: tl.constexpr, INTERPRET: tl.constexpr, UPCAST: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """Attend over one split of one row and key/value head.
 
@@ -50,6 +51,7 @@ def packed_attention(
         rows: the cache's row for every row of the grid. count: query rows of a key/value head.
         held: newest tokens whose key window is not packed even if it is full.
         scale: of the logits, times log2(e).
+        FINE: keep queries times key scales to twice a half's precision.
     """
     PLANES: tl.constexpr = 16 // BITS
     TILE: tl.constexpr = ROWS * PLANES
@@ -91,7 +93,7 @@ def packed_attention(
         for block in tl.range(values_end // TILE, tl.cdiv(keys_end, TILE), num_stages=1):
             logits = block_logits(
                 q, codes_at, scale_at, zero_at, block, d, r, scale, key_blocks,
-                DK, DKP, N, ROWS, G, BITS, INTERPRET,
+                DK, DKP, N, ROWS, G, BITS, FINE, INTERPRET,
             )  # fmt: skip
             for j in tl.static_range(PLANES):
                 token = block * TILE + token_of + j * N
@@ -153,14 +155,14 @@ def packed_attention(
                 q, codes_at, scale_at, zero_at, from_codes, from_scale, from_zero,
                 acc, extra, top, tile, d, r, dv, column, token_of, values_end, scale,
                 key_blocks, value_blocks,
-                DK, DKP, DV, DVP, N, ROWS, G, M, GROUPS, BITS, False, INTERPRET,
+                DK, DKP, DV, DVP, N, ROWS, G, M, GROUPS, BITS, FINE, False, INTERPRET,
             )  # fmt: skip
         for tile in tl.range(tl.maximum(begin, whole_end), end, num_stages=1):
             acc, extra, top = value_tile(
                 q, codes_at, scale_at, zero_at, from_codes, from_scale, from_zero,
                 acc, extra, top, tile, d, r, dv, column, token_of, values_end, scale,
                 key_blocks, value_blocks,
-                DK, DKP, DV, DVP, N, ROWS, G, M, GROUPS, BITS, True, INTERPRET,
+                DK, DKP, DV, DVP, N, ROWS, G, M, GROUPS, BITS, FINE, True, INTERPRET,
             )  # fmt: skip
         sides = tl.zeros([M, COLUMNS], tl.float32)
         for place in tl.static_range(8 // BITS):

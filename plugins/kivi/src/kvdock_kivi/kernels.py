@@ -103,9 +103,10 @@ def attend(
             DV=value_dim, DVP=_padded(value_dim), M=m, REPEAT=repeat, BITS=geometry.bits,
             G=geometry.group, R=geometry.residual, N=geometry.plane,
             ROWS=max(16, geometry.plane),
-            COLUMNS=max(8, triton.next_power_of_2(repeat + 1)), INTERPRET=interpret,
-            UPCAST=interpret and query.dtype == torch.bfloat16, STAGES=tuning.stages,
-            num_warps=tuning.warps, num_stages=tuning.stages, maxnreg=tuning.registers,
+            COLUMNS=max(8, triton.next_power_of_2(repeat + 1)), FINE=queries > 1,
+            INTERPRET=interpret, UPCAST=interpret and query.dtype == torch.bfloat16,
+            STAGES=tuning.stages, num_warps=tuning.warps, num_stages=tuning.stages,
+            maxnreg=tuning.registers,
         )  # fmt: skip
     merged, total = merge_splits(out, lse, dtype)
     return merged.reshape(b, heads, queries, value_dim), total.reshape(b, heads, queries)

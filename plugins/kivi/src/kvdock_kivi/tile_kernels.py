@@ -62,14 +62,23 @@ def _column(table, index, COLUMN: tl.constexpr):
 
 
 @triton.jit
+def _halves(x):
+    """Return float32 numbers as a sum of two float16."""
+    near = x.to(tl.float16)
+    return near, (x - near.to(tl.float32)).to(tl.float16)
+
+
+@triton.jit
 def block_logits(
     q, codes_at, scale_at, zero_at, block, d, r, scale, key_blocks,
     DK: tl.constexpr, DKP: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr, G: tl.constexpr,
-    BITS: tl.constexpr, INTERPRET: tl.constexpr,
+    BITS: tl.constexpr, FINE: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """Return the base-2 logits of a tile's planes, a tuple of [M, ROWS].
 
-    A tile is one block, or several small ones, the last of which may not exist.
+    A tile is one block, or several small ones, the last of which may not exist. One half for q⊙s
+    is the largest rounding of the whole attention; ``FINE`` takes two halves, which costs a second
+    product.
     """
     PLANES: tl.constexpr = 16 // BITS
     HALF: tl.constexpr = 8 // BITS
@@ -96,12 +105,18 @@ def block_logits(
                 s = tl.load(scale_at + i * DK + d)
             else:
                 s = tl.load(scale_at + i * DK + d, mask=d < DK, other=0.0)
-            scaled = q * s[None, :]
+            if FINE:
+                scaled, lost = _halves(q.to(tl.float32) * s.to(tl.float32)[None, :])
+            else:
+                scaled = q * s[None, :]
             offset = _column(offsets, column, i)[:, None]
             for e in tl.static_range(EACH):
                 codes = _plane(words, upper, i * EACH + e, BITS, INTERPRET)
                 lift = scale * power(24 - BITS * ((i * EACH + e) % HALF))
-                logits = logits + (tl.dot(scaled, codes) * lift + offset,)
+                product = tl.dot(scaled, codes)
+                if FINE:
+                    product = tl.dot(lost, codes, product)
+                logits = logits + (product * lift + offset,)
     else:
         for j in tl.static_range(PLANES):
             token = block * TILE + (r // N) * (N * PLANES) + j * N
@@ -110,7 +125,12 @@ def block_logits(
             z = tl.load(zero_at + at, mask=inside, other=0.0).to(tl.float32)
             codes = _plane(words, upper, j, BITS, INTERPRET).to(tl.float32)
             keys = codes * power(24 - BITS * (j % HALF)) * s + z
-            logits = logits + (tl.dot(q, keys.to(tl.float16)) * scale,)
+            if FINE:
+                near, lost = _halves(keys)
+                product = tl.dot(q, lost, tl.dot(q, near))
+            else:
+                product = tl.dot(q, keys.to(tl.float16))
+            logits = logits + (product * scale,)
     return logits
 
 
@@ -120,7 +140,7 @@ def value_tile(
     tile, d, r, dv, column, token_of, values_end, scale, key_blocks, value_blocks,
     DK: tl.constexpr, DKP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, N: tl.constexpr,
     ROWS: tl.constexpr, G: tl.constexpr, M: tl.constexpr, GROUPS: tl.constexpr,
-    BITS: tl.constexpr, PART: tl.constexpr, INTERPRET: tl.constexpr,
+    BITS: tl.constexpr, FINE: tl.constexpr, PART: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """Take one tile into the running sums; ``PART``: not all of its tokens have packed values.
 
@@ -133,7 +153,7 @@ def value_tile(
     TILE: tl.constexpr = ROWS * PLANES
     logits = block_logits(
         q, codes_at, scale_at, zero_at, tile, d, r, scale, key_blocks,
-        DK, DKP, N, ROWS, G, BITS, INTERPRET,
+        DK, DKP, N, ROWS, G, BITS, FINE, INTERPRET,
     )  # fmt: skip
     here = tl.cast(tile, tl.int64)
     there = tile * (ROWS // N) + r // N < value_blocks
