@@ -80,20 +80,25 @@ def cold_microseconds(runs: list[Callable[[], Any]], budget: float) -> float:
 
 
 def environment(**more: Any) -> dict[str, Any]:
-    """Return command, commit, versions and hardware, with the copy bandwidth measured now."""
-    source, target = (torch.empty(GIB, dtype=torch.uint8, device="cuda") for _ in range(2))
-    bandwidth = 2 * GIB / milliseconds(lambda: target.copy_(source)) / 1e9
+    """Return command, commit, versions and hardware, with a GPU's copy bandwidth measured now."""
     return {
         "command": " ".join(sys.argv),
         "commit": os.environ.get("KVDOCK_COMMIT") or _commit(),
-        "gpu": torch.cuda.get_device_name(),
-        "copy_tb_per_s": round(bandwidth, 3),
+        **_device(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "python": platform.python_version(),
         "kvdock": kvdock.__version__,
         **more,
     }
+
+
+def _device() -> dict[str, Any]:
+    if not torch.cuda.is_available():
+        return {"cpu": platform.machine(), "threads": torch.get_num_threads()}
+    source, target = (torch.empty(GIB, dtype=torch.uint8, device="cuda") for _ in range(2))
+    bandwidth = 2 * GIB / milliseconds(lambda: target.copy_(source)) / 1e9
+    return {"gpu": torch.cuda.get_device_name(), "copy_tb_per_s": round(bandwidth, 3)}
 
 
 def _commit() -> str | None:

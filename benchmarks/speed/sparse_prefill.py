@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from measure import environment
+from sparse_cases import PLANTED
 
 SECTIONS = ("check", "attention", "variants", "lists", "selection", "crossover", "ttft")
 
@@ -56,6 +57,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--lengths", nargs="+", type=int, default=[32_768, 131_072])
     parser.add_argument("--densities", nargs="+", type=float, default=[0.05, 0.1, 0.3])
     parser.add_argument("--methods", nargs="+", default=["flexprefill", "xattention"])
+    parser.add_argument("--data", nargs="+", choices=[*PLANTED], default=[*PLANTED][:2])
+    parser.add_argument("--settings", type=int, help="of each method, the first so many settings")
     parser.add_argument("--backends", nargs="+", help="sparse backends to run; all by default")
     parser.add_argument(
         "--dtypes", nargs="+", choices=("bfloat16", "float16"), default=["bfloat16", "float16"]

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from measure import milliseconds
-from sparse_cases import HEADS, SCALING, SHARPNESS, planted
+from sparse_cases import PLANTED, SCALING, planted
 from sparse_kernels import PARAMS, Rows, dense_calls, table, usable
 from torch import Tensor
 
@@ -75,8 +75,8 @@ def selectors(
 @torch.no_grad()
 def lists(args: argparse.Namespace) -> Iterable[dict[str, Any]]:
     """Compare the kernels' lists with plain torch; equal values may fall either way."""
-    for length, (data, sharpness) in product(CHECKED, SHARPNESS.items()):
-        query, key, _ = planted(length, sharpness)
+    for length, data in product(CHECKED, PLANTED):
+        query, key, _ = planted(length, PLANTED[data])
         pairs = zip(
             selectors(args, min_budget=128),
             selectors(args, name="select_reference", min_budget=128),
@@ -96,16 +96,16 @@ def lists(args: argparse.Namespace) -> Iterable[dict[str, Any]]:
 
 @torch.no_grad()
 def selection(args: argparse.Namespace) -> Iterable[dict[str, Any]]:
-    """Time selection and attention on planted data of two sharpness levels."""
+    """Time selection and attention on planted data."""
     kernels = fast_kernels(args)
     for length in args.lengths:
-        for data, sharpness in SHARPNESS.items():
-            layer = planted(length, sharpness)
+        for data in args.data:
+            layer = planted(length, PLANTED[data])
             dense = dict(dense_calls(*layer))
             for name, call in dense.items():
                 yield said({"what": name, "tokens": length, "data": data, "total_ms": timed(call)})
             exact = next(iter(dense.values()))().float()
-            for number, (label, select) in enumerate(selectors(args)):
+            for number, (label, select) in enumerate(selectors(args, first=args.settings)):
                 row: dict[str, Any] = {"what": label, "tokens": length, "data": data}
                 some = kernels if number % 4 == 0 else dict([*kernels.items()][:1])
                 try:
@@ -138,8 +138,8 @@ def crossover(args: argparse.Namespace) -> Iterable[dict[str, Any]]:
     """Time whole attention, dense and sparse, from 4K to 32K tokens on planted data."""
     kernels = fast_kernels(args)
     for length in CROSSOVER:
-        for data, sharpness in SHARPNESS.items():
-            layer = planted(length, sharpness)
+        for data in args.data:
+            layer = planted(length, PLANTED[data])
             row: dict[str, Any] = {"tokens": length, "data": data}
             row |= {name: timed(call) for name, call in dense_calls(*layer)}
             for label, select in selectors(args, first=2):
@@ -172,8 +172,8 @@ def covered(query: Tensor, key: Tensor, lists: BlockLists) -> float:
     position = torch.arange(length, device=query.device)
     mask = mask_from_lists(lists, grid.key_blocks)[0]
     shares = []
-    for head in range(HEADS):
-        group = HEADS // key.shape[1]
+    group = query.shape[1] // key.shape[1]
+    for head in range(query.shape[1]):
         logits = query[0, head, sampled].float() @ key[0, head // group].float().T * SCALING
         logits.masked_fill_(position > sampled[:, None], float("-inf"))
         listed = mask[head, sampled // lists.block][:, position // lists.block]
