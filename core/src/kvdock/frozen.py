@@ -17,6 +17,7 @@ from torch import Tensor
 from kvdock.dense import KEY, POSITION, VALUE
 from kvdock.formatted import FormattedStore
 from kvdock.frozen_form import FormCursors, FrozenForm
+from kvdock.frozen_release import FusedRelease, fused_release
 from kvdock.kernels.slots import append_kernel, append_slots, attend_filled, counters, tried
 from kvdock.layer import LayerStore
 from kvdock.policy import AttentionParams
@@ -44,13 +45,19 @@ class Cursors:
         self.bounded = stores[0].ledger.bounded
         batch, heads = stores[0].dense.table[KEY].shape[:2]
         self.arrived = counters(batch, heads, device)
+        self.fused: FusedRelease | None = None
+        """What gives entries up by one kernel a layer; None where the policy itself does."""
 
     def begin(self) -> None:
         """Tell, before a step, which rows will hold more than their allowance."""
         torch.ge(self.live, self.slots, out=self.over)
+        if self.fused is not None:
+            self.fused.begin()
 
     def end(self) -> None:
         """Move on after a step of all layers; the slot a row gave up is where it writes next."""
+        if self.fused is not None:
+            self.fused.end()
         self.tokens.add_(1)
         if self.bounded:
             self.used.add_(~self.hole)
@@ -76,6 +83,11 @@ class FrozenLayer:
         rows = store.views.row_state
         rows.update({name: state.clone() for name, state in rows.items()})
 
+    @property
+    def released(self) -> Tensor:
+        """Return the slots given up last, int64 [B, K]."""
+        return self._released
+
     def step(
         self,
         query: Tensor,
@@ -89,13 +101,18 @@ class FrozenLayer:
         policy, dense = store.plan.cache_policy, store.dense
         used = cursors.used[rank]
         released, hole = (self._released, cursors.hole[rank]) if cursors.bounded else (None, None)
-        append_slots(dense.table, key, value, cursors.tokens, used, released, hole)
-        table = dense.table
+        table, fused = dense.table, cursors.fused
+        written = table if fused is None else {name: table[name] for name in (KEY, VALUE, POSITION)}
+        append_slots(written, key, value, cursors.tokens, used, released, hole)
         output = attend_filled(
             query, table[KEY], table[VALUE], params,
             position=table[POSITION] if cursors.bounded else None,  # else no slot is given up
             used=used, arrived=cursors.arrived,
+            told=None if fused is None else fused.told(rank, query, table[KEY]),
         )  # fmt: skip
+        if fused is not None:
+            fused.release(rank, table, self._released)
+            return output
         if policy is None or not (policy.acts_on_decode or policy.observes_decode):
             return output
         over, slots = cursors.over[rank], cursors.slots[rank]
@@ -186,12 +203,15 @@ def _frozen_slots(stores: Sequence[LayerStore]) -> tuple[Cursors, Sequence[Froze
     for store in stores:
         store.dense.reserve(store.ledger.capacity)
     cursors = Cursors(stores)
+    layers = [FrozenLayer(store, rank, cursors) for rank, store in enumerate(stores)]
     for store in stores:  # kernels are tried now, because trying them waits for the device
         has_kernel(store)
     first = stores[0].dense.table[KEY]
     if first.is_cuda:
         append_kernel(first.device, first.dtype)
-    return cursors, [FrozenLayer(store, rank, cursors) for rank, store in enumerate(stores)]
+    if all(has_kernel(store) for store in stores):
+        cursors.fused = fused_release(stores, cursors)
+    return cursors, layers
 
 
 def _frozen_forms(

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from kvdock.budget import Budget
+    from kvdock.release import ReleaseRule
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +50,8 @@ class ModelFacts:
     device: torch.device | None = None
     dtype: torch.dtype | None = None
     head_dim: int | None = None
+    turns: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None
+    """``turns(delta [b, N])``: cos and sin of ``rotate``, where it turns halves of whole heads."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,6 +251,10 @@ class CachePolicy(BudgetAllocator):
     def release(self, view: DecodeView) -> Release:
         """Choose the slot that each row over its allowance gives up after a decode step."""
         raise NotImplementedError(f"{type(self).__name__} sets acts_on_decode without release()")
+
+    def release_rule(self, slots: Tensor) -> ReleaseRule | None:
+        """Describe a layer's decode steps for allowances int64 [B]; None: `release` alone can."""
+        return None
 
     def predicted_slots(self, tokens: int, slots: int, appended: int) -> int:
         """Predict the live entries of a row: ``tokens`` of prompt, then ``appended`` decode tokens.

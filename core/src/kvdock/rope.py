@@ -8,12 +8,14 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 STATIC_TYPES = ("default", "linear", "llama3", "yarn", "proportional")
 """RoPE types whose angles do not depend on the length seen so far."""
 
 Rotate = Callable[[Tensor, Tensor, int], Tensor]
+Turns = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 def make_rotation(model: nn.Module, managed: tuple[int, ...]) -> tuple[Rotate | None, str]:
@@ -53,6 +55,39 @@ def make_rotation(model: nn.Module, managed: tuple[int, ...]) -> tuple[Rotate | 
         return turned.to(key.dtype)
 
     return rotate, ""
+
+
+def make_turns(model: nn.Module, managed: tuple[int, ...]) -> Turns | None:
+    """Return ``turns(delta [b, N])``, cos and sin float32 [b, N, D], None where it takes more.
+
+    They serve models all of whose layers turn one half of the whole head against the other:
+    `rotate` is then ``key · cos + (−second half, first half) · sin``.
+    """
+    rotary = next(
+        (m for m in model.modules() if type(m).__name__.endswith("RotaryEmbedding")), None
+    )
+    attention = _attention_modules(model)
+    if rotary is None or any(index not in attention for index in managed):
+        return None
+    modules = [attention[index] for index in managed]
+    apply = getattr(sys.modules[type(modules[0]).__module__], "apply_rotary_pos_emb", None)
+    per_type = "layer_type" in inspect.signature(rotary.forward).parameters
+    if apply is None or per_type or not all(getattr(m, "use_rope", True) for m in modules):
+        return None
+    angles = _Angles(rotary)
+
+    def turns(delta: Tensor) -> tuple[Tensor, Tensor]:
+        cos, sin = angles(torch.empty(0, device=delta.device), delta, ())
+        return cos, sin
+
+    dim = getattr(modules[0], "head_dim", 0)
+    key, cos, sin = torch.randn(3, 1, 1, dim, generator=torch.Generator().manual_seed(0))
+    low, high = key.chunk(2, dim=-1)
+    halves = key * cos + torch.cat([-high, low], dim=-1) * sin
+    found = apply(key[None], key[None], cos, sin)[1][0]
+    device = next(model.parameters()).device
+    whole = turns(torch.zeros(1, 1, dtype=torch.long, device=device))[0].shape[-1] == dim
+    return turns if whole and torch.allclose(found, halves) else None
 
 
 class _Angles:

@@ -70,6 +70,7 @@ def attend_filled(
     position: Tensor | None = None,
     used: Tensor | None = None,
     arrived: Tensor | None = None,
+    told: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Attend over the filled slots, by the kernel where it is usable and by a mask elsewhere.
 
@@ -80,6 +81,7 @@ def attend_filled(
             end is N.
         arrived: the kernel's counters from `counters`, owned by whoever may run at the same time
             as other calls; None takes those of the current stream.
+        told: where the kernel writes logits and their log-sum-exps; only where it is usable.
 
     Returns:
         [B, 1, H, D], contiguous.
@@ -88,7 +90,9 @@ def attend_filled(
     if kernel is not None:
         if arrived is None:
             arrived = _of_stream(query.device, key.shape[0] * key.shape[1])
-        return kernel(query, key, value, params, arrived, position=position, used=used)
+        more = {} if told is None else {"told": told}
+        return kernel(query, key, value, params, arrived, position=position, used=used, **more)
+    assert told is None, "only the kernel tells its logits"
     valid = None if position is None else position >= 0
     if valid is None and used is not None:
         column = torch.arange(key.shape[2], device=key.device)

@@ -70,6 +70,7 @@ def attend(
     *,
     position: Tensor | None = None,
     used: Tensor | None = None,
+    told: tuple[Tensor, Tensor] | None = None,
     tuning: Tuning | None = None,
 ) -> Tensor:
     """Attend over the filled slots, without a mask and without asking the device.
@@ -79,6 +80,8 @@ def attend(
         arrived: int32 [B · K], zero before and after; calls that may overlap need one each.
         position: int32 [B, K, N], −1 = empty; None where only ``used`` tells.
         used: int64 [B]: nothing is filled beyond a row's first ``used + 1`` slots.
+        told: where to write the logits of the slots that are looked at and their log-sum-exps,
+            both in base 2, float32 [B, H, N] and [B, H].
 
     Returns:
         [B, 1, H, Dv], contiguous; zeros for a row without entries.
@@ -99,18 +102,19 @@ def attend(
     partial = query.new_empty(rows, splits, group, value_dim, dtype=torch.float32)
     level = query.new_empty(rows, splits, group, dtype=torch.float32)
     places = arrived if position is None else position
+    logits, total = (level, level) if told is None else told
     with torch.cuda.device_of(query):
         _attend[(splits, rows)](
             query, key, value, places, arrived if used is None else used,
             arrived if params.sinks is None else params.sinks, output, partial, level, arrived,
-            *query.stride()[:2], *key.stride()[:3], *value.stride()[:3],
+            logits, total, *query.stride()[:2], *key.stride()[:3], *value.stride()[:3],
             *((0, 0) if position is None else position.stride()[:2]),
             kv_heads, slots, chunk, splits, params.scaling * LOG2E.value,
             0.0 if params.softcap is None else params.softcap * LOG2E.value,
             G=group, GP=group_pad, M=max(16, group_pad),
             D=dim, DP=_padded(dim), DV=value_dim, DVP=value_pad, TILE=tuning.tile,
             HOLES=position is not None, ENDS=used is not None, SINKS=params.sinks is not None,
-            CAPPED=params.softcap is not None, UPCAST=upcast,
+            CAPPED=params.softcap is not None, UPCAST=upcast, TELLS=told is not None,
             SOME=max(1, MERGED * tuning.warps // (group_pad * value_pad)), STAGES=tuning.stages,
             num_warps=tuning.warps, num_stages=tuning.stages,
         )  # fmt: skip
@@ -129,7 +133,7 @@ def _lined(states: Tensor) -> Tensor:
 @triton.jit
 def _merge(partial, level, splits, G: tl.constexpr, GP: tl.constexpr, DV: tl.constexpr,
            DVP: tl.constexpr, SOME: tl.constexpr):  # fmt: skip
-    """Merge the splits of one row and head, [GP, DVP], some at a time."""
+    """Merge the splits of one row and head, [GP, DVP], and their levels, some at a time."""
     s, g, d = tl.arange(0, SOME), tl.arange(0, GP), tl.arange(0, DVP)
     top = tl.full([GP], float("-inf"), tl.float32)
     mass = tl.zeros([GP], tl.float32)
@@ -150,18 +154,22 @@ def _merge(partial, level, splits, G: tl.constexpr, GP: tl.constexpr, DV: tl.con
         mass = mass * fade + tl.sum(weight, 0)
         acc = acc * fade[:, None] + tl.sum(part * weight[:, :, None], 0)
         top = higher
-    return acc / tl.where(mass > 0, mass, 1.0)[:, None]
+    return acc / tl.where(mass > 0, mass, 1.0)[:, None], top + tl.log2(tl.maximum(mass, 1e-30))
 
 
-@triton.jit(do_not_specialize=["p_batch", "p_head", "slots", "chunk", "splits"])
+@triton.jit(
+    do_not_specialize=["p_batch", "p_head", "kv_heads", "slots", "chunk", "splits"],
+    # rows of tables of all layers: aligned in some layers and not in others
+    do_not_specialize_on_alignment=["used", "told", "total"],
+)
 def _attend(
-    query, key, value, position, used, sinks, output, partial, level, arrived,
+    query, key, value, position, used, sinks, output, partial, level, arrived, told, total,
     q_batch, q_head, k_batch, k_head, k_slot, v_batch, v_head, v_slot, p_batch, p_head,
     kv_heads, slots, chunk, splits, scale, cap,
     G: tl.constexpr, GP: tl.constexpr, M: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     DV: tl.constexpr, DVP: tl.constexpr, TILE: tl.constexpr, HOLES: tl.constexpr,
     ENDS: tl.constexpr, SINKS: tl.constexpr, CAPPED: tl.constexpr, UPCAST: tl.constexpr,
-    SOME: tl.constexpr, STAGES: tl.constexpr,
+    TELLS: tl.constexpr, SOME: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Attend over one chunk of one row's slots with the query heads of one key/value head.
 
@@ -212,6 +220,9 @@ def _attend(
             if CAPPED:  # cap · tanh(logits / cap)
                 logits = cap - 2 * cap / (1 + tl.exp2(logits * (2 * LOG2E) / cap))
             logits = tl.where(held[None, :], logits, float("-inf"))
+            if TELLS:
+                tell = told + (pair.to(tl.int64) * G + m[:, None]) * slots + n[None, :]
+                tl.store(tell, logits, mask=real[:, None] & inside[None, :])
             higher = tl.maximum(top, tl.max(logits, 1))
             base = tl.where(higher == float("-inf"), 0.0, higher)
             p, fade = tl.exp2(logits - base[:, None]), tl.exp2(top - base)
@@ -226,6 +237,8 @@ def _attend(
             tl.store(
                 out_at + m[:, None] * DV + dv[None, :], acc.to(output.dtype.element_ty), mask=writes
             )
+            if TELLS:
+                tl.store(total + pair * G + m, top + tl.log2(tl.maximum(mass, 1e-30)), mask=real)
         else:
             first = pair.to(tl.int64) * splits * G
             row = first + split * G + m
@@ -235,9 +248,13 @@ def _attend(
             tl.debug_barrier()  # all threads have written before one says so
             if tl.atomic_add(arrived + pair, 1) == arriving - 1:
                 tl.store(arrived + pair, 0)
-                merged = _merge(partial + first * DV, level + first, arriving, G, GP, DV, DVP, SOME)
+                merged, whole = _merge(
+                    partial + first * DV, level + first, arriving, G, GP, DV, DVP, SOME
+                )
                 g = tl.arange(0, GP)
                 tl.store(
                     out_at + g[:, None] * DV + dv[None, :], merged.to(output.dtype.element_ty),
                     mask=(g < G)[:, None] & (dv < DV)[None, :],
                 )  # fmt: skip
+                if TELLS:
+                    tl.store(total + pair * G + g, whole, mask=g < G)

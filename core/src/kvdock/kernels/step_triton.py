@@ -170,8 +170,12 @@ def _rotate(
     tl.store(target + D // 2 + d, (straight + across).to(kind), mask=inside)
 
 
-@triton.jit(do_not_specialize=["keys_batch", "keys_head", "values_batch", "values_head",
-                               "positions_batch", "positions_head"])  # fmt: skip
+@triton.jit(
+    do_not_specialize=["keys_batch", "keys_head", "values_batch", "values_head",
+                       "positions_batch", "positions_head", "heads"],
+    # rows of tables of all layers: aligned in some layers and not in others
+    do_not_specialize_on_alignment=["tokens", "used", "released", "hole"],
+)  # fmt: skip
 def _append(
     keys, values, positions, key, value, tokens, used, released, hole,
     keys_batch, keys_head, values_batch, values_head, positions_batch, positions_head,

@@ -21,6 +21,7 @@ from kvdock.policy import (
     RevisionView,
     Selection,
 )
+from kvdock.release import ReleaseRule
 from kvdock_cakekv.cascade import Cascade
 from kvdock_cakekv.options import CakeKVOptions
 from kvdock_cakekv.scores import preference, window_statistics
@@ -134,6 +135,11 @@ class CakeKVPolicy(CachePolicy):
         # Of equal scores the lower position stays, as in the prompt.
         last = ranked.shape[2] - 1 - ranked.flip(2).argmin(dim=2, keepdim=True)
         return Release(order.gather(2, last)[..., 0])
+
+    def release_rule(self, slots: Tensor) -> ReleaseRule:
+        """Describe `release`."""
+        pool = self.options.kernel if self.options.decode_pool else 1
+        return ReleaseRule("step", (slots - 1).clamp(min=1, max=self.options.window), pool=pool)
 
     def _pooled(self, scores: Tensor) -> Tensor:
         """Average a step's scores over neighbours, unless the options say no."""

@@ -13,6 +13,7 @@ from kvdock.budget import Budget
 from kvdock.errors import BudgetError
 from kvdock.kernels.selection import top_positions
 from kvdock.policy import CachePolicy, DecodeView, PrefillView, Release, Selection
+from kvdock.release import ReleaseRule
 from kvdock_h2o.options import H2OOptions
 from kvdock_h2o.scores import column_sums, step_sums
 
@@ -101,6 +102,11 @@ class H2OPolicy(CachePolicy):
         bits = view.slot_state[SCORE].view(torch.int32).long()
         rank = (bits << 32) | (0xFFFFFFFF - position)
         return Release(rank.masked_fill(~old, torch.iinfo(torch.int64).max).argmin(dim=2))
+
+    def release_rule(self, slots: Tensor) -> ReleaseRule:
+        """Describe `observe_step` and `release`."""
+        mean = self.options.reduce == "mean"
+        return ReleaseRule("sum", self._recent_rows(slots), state=SCORE, mean=mean)
 
     def _accumulated(self, sums: Tensor, view: PrefillView | DecodeView) -> Tensor:
         """Return the old scores and this forward's, group sums [b, K, N] reduced as asked."""

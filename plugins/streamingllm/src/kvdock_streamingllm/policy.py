@@ -10,6 +10,7 @@ from torch import Tensor
 from kvdock.budget import Budget
 from kvdock.errors import BudgetError, UnsupportedError
 from kvdock.policy import CachePolicy, DecodeView, ModelFacts, PrefillView, Release, Selection
+from kvdock.release import Following, ReleaseRule
 from kvdock_streamingllm.options import StreamingLLMOptions
 
 SINKS, EVICTED, DELTA = "sink_keys", "evicted", "delta"
@@ -100,6 +101,12 @@ class StreamingLLMPolicy(CachePolicy):
         state = {SINKS: F.pad(raw, (0, 0, 0, missing)) if missing else raw}
         where = slots.expand(len(oldest), kv_heads, count)
         return Release(slot, where, keys, state | {EVICTED: evicted})
+
+    def release_rule(self, slots: Tensor) -> ReleaseRule:
+        """Describe `release`."""
+        following = Following(SINKS, EVICTED, self.options.sinks) if self.moves_sinks else None
+        stays = (slots - 1).clamp(max=self.options.sinks)
+        return ReleaseRule("age", stays, following=following)
 
     def _raw(self, held: Tensor, row_state: dict[str, Tensor], is_sink: Tensor) -> Tensor:
         """Return the sinks' keys as the model made them; before an eviction they are ``held``."""
