@@ -79,6 +79,13 @@ def cold_microseconds(runs: list[Callable[[], Any]], budget: float) -> float:
     return statistics.median(times) * 1e3 / len(runs)
 
 
+def replayed_microseconds(run: Callable[[], Any], repeats: int) -> float:
+    """Return the mean device time of a call replayed from a CUDA graph, without launch gaps."""
+    run()
+    graph, _ = captured(run)
+    return milliseconds(graph.replay, repeats=repeats) * 1e3
+
+
 def environment(**more: Any) -> dict[str, Any]:
     """Return command, commit, versions and hardware, with a GPU's copy bandwidth measured now."""
     return {
