@@ -1,5 +1,7 @@
 """Run the command line as `python -m kvdock`."""
 
+import sys
+
 from kvdock.cli import main
 
-main()
+sys.exit(main())
