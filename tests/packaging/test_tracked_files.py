@@ -18,6 +18,18 @@ TRACES = re.compile(
 )
 
 
+URL = re.compile(r"\b(?:https?|ftp|ssh|git)://(?:[^/\s@\"']*@)?([\w.-]+(?::\d+)?)")
+INDEX = re.compile("--" + r"(?:extra-)?index-url|--" + "trusted-host|--" + r"find-links[ =]\S*/")
+PUBLIC = re.compile(r"([\w-]+\.)+(?!local$|internal$|lan$|corp$|intranet$|home$)[a-z]{2,}")
+
+
+def hosts(text):
+    """List the hosts that only some network knows: no domain, an address, or a port of its own."""
+    # the port for discarding what arrives, where a test wants nothing to answer
+    found = [match[1].rstrip(".") for match in URL.finditer(text)]
+    return [host for host in found if not PUBLIC.fullmatch(host) and host != "127.0.0.1:9"]
+
+
 def tracked():
     if shutil.which("git") is None or not (ROOT / ".git").exists():
         pytest.skip("not a git checkout")
@@ -41,7 +53,7 @@ def test_no_tracked_file_bears_traces_of_a_machine():
             text = path.read_text(encoding="utf-8")
         except UnicodeDecodeError:
             continue
-        if hits := traces(text):
+        if hits := traces(text) + hosts(text) + INDEX.findall(text):
             found[path.relative_to(ROOT).as_posix()] = hits
     assert found == {}
 
@@ -64,3 +76,17 @@ def test_no_output_is_tracked():
 )
 def test_the_search_finds_what_it_should(text, hit):
     assert bool(traces(text)) is hit
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("https://arxiv.org/abs/1 and https://pluggy.readthedocs.io.", []),
+        ("http://" + "mirror/simple", ["mirror"]),
+        ("http://" + "10.0.0.7/simple", ["10.0.0.7"]),
+        ("https:" + "//user:secret@pypi.corp/simple", ["pypi.corp"]),
+        ("https://" + "example.org:8080/x", ["example.org:8080"]),
+    ],
+)
+def test_the_search_finds_hosts_of_one_network(text, found):
+    assert hosts(text) == found
