@@ -11,6 +11,7 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from kvdock.fused import agrees, changed, gated_mlp, tokens
@@ -54,8 +55,8 @@ class LongForms:
         own = type(module).__module__.startswith("transformers.") and not changed(module)
         weights = list(module.parameters())
         here = all(weight.device == states.device for weight in weights)
-        if not own or not here or states.device.type != self._device:
-            return False
+        if not own or not here or states.device.type != self._device or torch.is_grad_enabled():
+            return False  # a kernel has no gradient
         shapes = tuple((tuple(weight.shape), weight.dtype) for weight in weights)
         kind = type(module), shapes, states.dtype, getattr(module, "variance_epsilon", None)
         if kind not in self._verdicts:

@@ -75,6 +75,18 @@ def test_fused_forms_take_the_place_of_slices(family, wrong, policies, batch, mo
     assert {size for name, size in calls if name == "rms_norm"} <= {1, 97}
 
 
+def test_with_gradients_no_fused_form_is_taken(model):
+    def silent(*args):
+        pytest.fail("a kernel has no gradient")
+
+    forms = LongForms(SimpleNamespace(rms_norm=silent, gated=silent), "cpu")
+    with torch.enable_grad():
+        for module in token_wise(model):
+            states = torch.randn(1, 30, model.config.hidden_size)
+            assert forms.norm(module, states) is None
+            assert forms.mlp(module, states) is None
+
+
 def test_instances_are_restored(model, policies):
     before = [dict(vars(module)) for module in model.modules()]
     dock = kvdock.attach(model, [policies.Votes()], slice_above=20)
