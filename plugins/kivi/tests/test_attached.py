@@ -10,6 +10,8 @@ from kvdock_kivi.options import KiviOptions
 from kvdock_kivi.policy import KiviPolicy
 from kvdock_kivi.quantise import quantise_keys
 
+from .harness import packed_bytes
+
 OPTIONS = {"bits": 2, "group_size": 32, "residual_length": 32}
 
 
@@ -48,6 +50,35 @@ def test_pads_never_enter_a_group(family, pads):
         # the model's own rounding differs between batches; codes of 64 packed keys must not
         assert torch.allclose(one.keys[:, :, :64], two.keys[:, :, :64], atol=1e-5)
         assert torch.allclose(one.values, two.values, atol=1e-5)
+
+
+@pytest.mark.parametrize("pads", [0, 1, 31, 32, 200])
+def test_packed_bytes_do_not_depend_on_padding(pads):
+    model = model_of("llama")
+    attention = model.model.layers[0].self_attn
+    for projection in (attention.k_proj, attention.v_proj):
+        # one weight an output: its product rounds alike in a batch of any shape
+        places = torch.arange(projection.weight.shape[0]) % projection.weight.shape[1]
+        projection.weight.data = torch.nn.functional.one_hot(
+            places, projection.weight.shape[1]
+        ).float()
+    (row,), (other,) = left_padded((101,))[1], left_padded((101 + pads,), seed=1)[1]
+    ids = torch.stack([torch.cat([row.new_zeros(pads), row]), other])
+    mask = torch.ones_like(ids)
+    mask[0, :pads] = 0
+
+    def packed(batch):
+        with kvdock.attach(model, "kivi", **OPTIONS) as dock:
+            generate(model, batch, 2)
+            return dock.cache.docked[0].store.storage
+
+    alone = packed({"input_ids": row[None], "attention_mask": torch.ones(1, 101)})
+    padded = packed({"input_ids": ids, "attention_mask": mask})
+    assert alone.live == [102] and padded.live == [102, 102 + pads]
+    for name, wanted in packed_bytes(alone).items():
+        found = packed_bytes(padded)[name][0, :, : wanted.shape[2]]
+        assert torch.equal(found, wanted[0]), name
+        assert wanted.count_nonzero() > 0, name
 
 
 def test_the_prompt_is_packed_whole_windows_of_keys_at_a_time():

@@ -7,6 +7,7 @@ from kvdock.storage_policy import StoreShape
 from kvdock_kivi import attention
 from kvdock_kivi.geometry import Geometry
 from kvdock_kivi.options import KiviOptions
+from kvdock_kivi.packed import Packed
 from kvdock_kivi.policy import KiviPolicy
 from kvdock_kivi.storage import KiviStorage
 
@@ -190,6 +191,19 @@ def test_predicted_bytes_are_the_published_ratios(bits, group, ratio):
     keys, values = 131072, 131072 - 128
     bits_held = (keys + values) * (bits + 32 / group) + 128 * 16
     assert abs(held / (8 * 128 * bits_held / 8) - 1) < 0.02  # the card's formula
+
+
+@pytest.mark.parametrize(
+    ("bits", "channels", "share"), [(2, None, 1 / 5.3), (4, None, 1 / 3.2), (2, 64, 0.15)]
+)
+def test_a_cache_of_128k_tokens_takes_the_published_share_of_memory(bits, channels, share):
+    policy, kept = KiviPolicy(KiviOptions(bits=bits)), channels or 128
+    like = torch.empty(0, dtype=torch.float16, device="meta")
+    cache = Packed.empty(policy.geometry, (1, 8), 131072, (128, kept, 128), like)
+    held = sum(tensor.nbytes for tensor in cache.tensors().values())
+    facts = shape(131072, torch.float16, channels=channels)
+    assert held == policy.predicted_nbytes(facts, 131072)
+    assert held / (2 * 8 * 131072 * 128 * 2) <= share * 1.005  # the ratios have two digits
 
 
 @pytest.mark.parametrize("channels", [None, 16])

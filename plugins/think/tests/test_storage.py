@@ -197,6 +197,23 @@ def test_dropping_zero_channels_changes_nothing():
     assert (found - exact).abs().max() < 1e-3
 
 
+def test_grouped_queries_equal_repeated_heads():
+    torch.manual_seed(6)
+    key, value = (torch.randn(1, 2, 40, 32) for _ in range(2))
+    channels = torch.rand(1, 2, 32).topk(16).indices.sort().values
+    query, params = torch.randn(1, 6, 5, 32), AttentionParams(32**-0.5)
+    found = []
+    for times in (1, 3):
+        heads = [x.repeat_interleave(times, dim=1) for x in (key, value, channels)]
+        storage = ThinKPolicy(ThinKOptions(ratio=0.5, recent=4)).make_storage()
+        positions = torch.arange(40).expand(1, 2 * times, 40)
+        group = RowGroup((0,), heads[0], heads[1], positions, channels=heads[2])
+        storage.fill([group], 40, ordered=True)
+        found.append(storage.attend_past(query, (0,), params))
+    for one, other in zip(*found, strict=True):
+        assert torch.allclose(one, other, atol=1e-6)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision(dtype):
     run = Run([40, 17], head_dim=128, dtype=dtype)
