@@ -1,14 +1,17 @@
 """Measure decode steps on a GPU: eager and captured, every method against the plain full cache.
 
-Sections, each a program run of its own if asked so (< 90 s each at the defaults):
+Sections, each a program run of its own if asked so (< 80 s each at the defaults):
 
     check    captured tokens equal eager ones on a tiny model, growth, padding, early stops included
     leak     allocated and reserved memory over 50 attach / generate / detach rounds
     speed    ms per token on the Llama-3.1-8B shape, with the time to capture and the floor
     static   the same step of the plain model: eager, and captured with a static cache
+    capture  what captured decode costs before it runs: first use ever, new process, second use
 
     python benchmarks/speed/decode_graph.py check leak
     python benchmarks/speed/decode_graph.py speed --batch 1 --length 32768 --out RESULTS.json
+
+What stands in the file of results already stays, so that short runs fill one table.
 """
 
 from __future__ import annotations
@@ -18,180 +21,62 @@ import gc
 import json
 import os
 import statistics
-import time
-from collections.abc import Callable
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
+from decode_check import LENGTHS, Captures, check, on_gpu
 from long_prompt import llama_8b
 from measure import GIB, environment, event
 from transformers import LogitsProcessorList, StaticCache
 
 import kvdock
-from kvdock import decode, graph
-from kvdock.testing import Case, alone, generate, left_padded
+from kvdock import graph
+from kvdock.testing import Case, generate, left_padded
 
-LENGTHS = (97, 70, 33)
-FORMS = ("kivi", "think", "snapkv+kivi", "snapkv+think", "think+kivi", "snapkv+think+kivi")
-"""Methods and compositions whose storage is not the core's own."""
+CASE = ("system", "graph", "batch", "length", "budget", "start")
 
 
 def main() -> None:
     """Run the sections asked for; a failure in one is printed and does not stop the others."""
     args = _arguments()
     record: dict[str, Any] = {}
+    if args.out and Path(args.out).exists():
+        record = json.loads(Path(args.out).read_text())
+    made: dict[str, Any] = {}
     for section in args.sections:
         try:
-            record[section] = SECTIONS[section](args)
+            made[section] = SECTIONS[section](args)
         except Exception as error:
-            record[section] = f"{type(error).__name__}: {error}"
-            print(section, "failed:", record[section], flush=True)
-    record["environment"] = environment(shape=f"Llama-3.1-8B, random, bfloat16, {args.layers}")
-    for run in record.get("speed") or []:
+            made[section] = f"{type(error).__name__}: {error}"
+            print(section, "failed:", made[section], flush=True)
+    measured = environment(shape=f"Llama-3.1-8B, random, bfloat16, {args.layers}")
+    for run in made.get("speed") or []:
         if "bytes_read" in run:
-            floor = run["bytes_read"] / record["environment"]["copy_tb_per_s"] / 1e9
+            floor = run["bytes_read"] / measured["copy_tb_per_s"] / 1e9
             run["floor_ms"] = round(floor, 3)
             run["of_floor"] = round(floor / run["ms_per_token"], 3)
+    for section, value in made.items():
+        record[section] = merged(record.get(section), value)
+    record.setdefault("environments", []).append(measured)
     print_table(record.get("speed"))
     if args.out:
-        Path(args.out).write_text(json.dumps(record, indent=1) + "\n")
+        beside = Path(args.out).with_suffix(".part")
+        beside.write_text(json.dumps(record, indent=1) + "\n")
+        beside.replace(args.out)
 
 
-class Captures:
-    """Count and time the captures inside the block, and refuse to let one fail silently."""
-
-    def __enter__(self) -> Captures:
-        self.count, self.seconds, self.failed = 0, 0.0, []
-        self._original: Callable[..., None] = graph.StepGraph._capture
-
-        def timed(step: Any, run: Any) -> None:
-            torch.cuda.synchronize()
-            start = time.perf_counter()
-            try:
-                self._original(step, run)
-            except graph.CaptureError as error:
-                self.failed.append(str(error))
-                raise
-            finally:
-                torch.cuda.synchronize()
-                self.seconds += time.perf_counter() - start
-            self.count += 1
-
-        graph.StepGraph._capture = timed  # type: ignore[method-assign]
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        graph.StepGraph._capture = self._original  # type: ignore[method-assign]
-
-
-def check(args: argparse.Namespace) -> dict[str, str]:
-    """Compare captured with eager tokens for every method, over 300 tokens and growth steps."""
-    batch, (row, *_) = left_padded(LENGTHS)
-    outcome = {}
-    methods = args.methods or dict.fromkeys([*kvdock.available(), *FORMS])
-    checks = [(method, method, _check_one) for method in methods]
-    # float32 is attended to in plain torch by some; their kernels serve half precision
-    checks += [(f"{method}, half", method, _check_half) for method in methods if method in FORMS]
-    for name, method, compare in checks:
-        try:
-            outcome[name] = compare(method, on_gpu(batch), on_gpu(alone(row)))
-        except Exception as error:
-            outcome[name] = f"{type(error).__name__}: {error}"
-        print("check", name, outcome[name], flush=True)
-    outcome["sampling after a failed capture"] = _check_recovery(on_gpu(batch))
-    print("check recovery:", outcome["sampling after a failed capture"], flush=True)
-    return outcome
-
-
-def _check_one(method: str, batch: dict[str, Any], row: dict[str, Any]) -> str:
-    case = Case(method)
-    model = case.model().cuda()
-    runs: list[list[Any]] = []
-    counts = []
-    for mode in (False, "auto"):
-        with Captures() as captures, case.attach(model, graph=mode) as dock:
-            if mode and dock.plan.decode is None:
-                return "eager: " + str(decode._obstacle(model, dock.plan, True))
-            tokens = [generate(model, row, max_new_tokens=300)]
-            tokens.append(generate(model, batch, max_new_tokens=60))
-            dock.report()
-            tokens.append(generate(model, batch, max_new_tokens=60, eos_token_id=list(range(12))))
-            torch.manual_seed(0)
-            tokens.append(generate(model, batch, max_new_tokens=40, do_sample=True))
-            runs.append(tokens)
-            counts.append((captures.count, captures.failed))
-    same = [torch.equal(*pair) for pair in zip(*runs, strict=True)]
-    captured, failed = counts[1]
-    good = all(same) and captured >= 4 and not failed
-    return f"{'equal' if good else 'DIFFERENT'}: {same}, {captured} captures, failed {failed}"
-
-
-def _check_half(method: str, batch: dict[str, Any], row: dict[str, Any]) -> str:
-    """Compare captured steps with the same fixed shapes uncaptured, and say how eager ones agree.
-
-    Eager steps share a row's tokens among another number of programs, which rounds differently: in
-    half precision a random model's tokens then part somewhere, while they have to be those of the
-    same kernels without a graph.
-    """
-    case = Case(method)
-    model = case.model().cuda().half()
-    runs: dict[str, list[Any]] = {}
-    for kind, mode, frozen in (
-        ("eager", False, "0"),
-        ("fixed", "auto", "1"),
-        ("graph", "auto", "0"),
-    ):
-        os.environ["KVDOCK_FROZEN"] = frozen
-        with Captures() as captures, case.attach(model, graph=mode) as dock:
-            tokens = [generate(model, row, max_new_tokens=300)]
-            tokens.append(generate(model, batch, max_new_tokens=300, eos_token_id=list(range(3))))
-            dock.report()
-            runs[kind] = tokens
-    del os.environ["KVDOCK_FROZEN"]
-    same = [torch.equal(*pair) for pair in zip(runs["fixed"], runs["graph"], strict=True)]
-    part = [_agreement(*pair) for pair in zip(runs["eager"], runs["graph"], strict=True)]
-    good = all(same) and captures.count >= 3 and not captures.failed
-    return (
-        f"{'equal' if good else 'DIFFERENT'}: {same}, {captures.count} captures, failed"
-        f" {captures.failed}; eager tokens agree for {part} steps"
-    )
-
-
-def _agreement(left: torch.Tensor, right: torch.Tensor) -> int:
-    """Return the steps before the first token that differs in any row."""
-    columns = min(left.shape[1], right.shape[1])
-    equal = (left[:, :columns] == right[:, :columns]).all(0)
-    return int(equal.long().cumprod(0).sum())
-
-
-def _check_recovery(batch: dict[str, Any]) -> str:
-    """Break a capture on purpose: decode and sampling have to go on eagerly, with equal tokens."""
-    model, runs = Case("snapkv").model().cuda(), []
-    original = graph.StepGraph._warm_up
-
-    def unwatched(step: Any, run: Any) -> Any:
-        output = original(step, run)
-        step._obstacle = None  # as if the wait had not been seen
-        return output
-
-    def wait(module: Any, inputs: Any, output: torch.Tensor) -> None:
-        output.sum().item()
-
-    try:
-        for mode in (False, "auto"):
-            with Captures() as captures, Case("snapkv").attach(model, graph=mode):
-                hook = model.lm_head.register_forward_hook(wait)
-                graph.StepGraph._warm_up = unwatched  # type: ignore[method-assign]
-                torch.manual_seed(0)
-                runs.append(generate(model, batch, max_new_tokens=40, do_sample=True))
-                hook.remove()
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    finally:
-        graph.StepGraph._warm_up = original  # type: ignore[method-assign]
-    good = torch.equal(*runs) and len(captures.failed) == 1
-    return f"{'equal' if good else 'DIFFERENT'}, failed {captures.failed}"
+def merged(old: Any, new: Any) -> Any:
+    """Return older results with the new ones in place of those of the same case."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        return old | new
+    if not isinstance(old, list) or not isinstance(new, list):
+        return new
+    known = [tuple(run.get(name) for name in CASE) for run in new]
+    return [run for run in old if tuple(run.get(name) for name in CASE) not in known] + new
 
 
 def leak(args: argparse.Namespace) -> dict[str, Any]:
@@ -226,6 +111,13 @@ class Marks:
         pairs = zip(self.events[5:], self.events[6:], strict=False)
         return statistics.median(start.elapsed_time(stop) for start, stop in pairs)
 
+    def start_seconds(self) -> float | None:
+        """Return what the first three steps took beyond three steps: compiling, capturing."""
+        if len(self.events) < 8:
+            return None
+        usual = self.milliseconds()
+        return round((self.events[0].elapsed_time(self.events[3]) - 3 * usual) / 1e3, 3)
+
 
 def speed(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Time every method eagerly and captured, beside the plain model's full cache."""
@@ -233,18 +125,40 @@ def speed(args: argparse.Namespace) -> list[dict[str, Any]]:
     prompt = torch.randint(10, 120_000, (args.batch, args.length), device="cuda")
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     weights -= model.get_input_embeddings().weight.numel() * 2  # only a row of it is read
-    runs = [_timed(model, prompt, "full", None, weights, args)]
+    runs = [] if args.alone else [_timed(model, prompt, "full", None, weights, args)]
     for method in args.methods or kvdock.available():
-        for mode in (False, "auto"):
+        for mode in ("auto",) * args.alone if args.alone else (False, "auto"):
             runs.append(_timed(model, prompt, method, mode, weights, args))
     return runs
+
+
+def capture(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Time the start of captured decode in processes of their own, the first without a cache."""
+    rows = []
+    for method in args.methods or ["snapkv"]:
+        with tempfile.TemporaryDirectory() as folder:
+            for starts in (["first use ever", "second use"], ["new process", "second use after"]):
+                path = Path(folder) / "runs.json"
+                path.unlink(missing_ok=True)
+                command = [sys.executable, __file__, "speed", "--alone", "2", "--methods", method]
+                for name in ("batch", "length", "budget", "layers", "new-tokens"):
+                    command += [f"--{name}", str(getattr(args, name.replace("-", "_")))]
+                where = os.environ | {"TRITON_CACHE_DIR": f"{folder}/triton"}
+                subprocess.run([*command, "--out", str(path)], env=where, check=True)
+                runs = json.loads(path.read_text())["speed"]
+                for start, run in zip(starts, runs, strict=True):
+                    row = {name: run.get(name) for name in CASE} | {"start": start}
+                    row |= {name: run.get(name) for name in ("start_s", "capture_s", "error")}
+                    rows.append(row)
+                    print(json.dumps(row), flush=True)
+    return rows
 
 
 def _timed(
     model: Any, prompt: torch.Tensor, system: str, mode: Any, weights: int, args: Any
 ) -> dict[str, Any]:
     row: dict[str, Any] = {"system": system, "graph": mode, "batch": args.batch}
-    row["length"] = args.length
+    row |= {"length": args.length, "budget": args.budget if system != "full" else None}
     gc.collect()
     torch.cuda.empty_cache()
     marks = Marks()
@@ -267,7 +181,7 @@ def _timed(
             row |= {"captures": captures.count, "capture_s": round(captures.seconds, 3)}
             row["failed"] = captures.failed
         row |= {"ms_per_token": round(marks.milliseconds(), 3), "kv_gib": round(held / GIB, 3)}
-        row["bytes_read"] = weights + held
+        row |= {"bytes_read": weights + held, "start_s": marks.start_seconds()}
     except Exception as error:
         row["error"] = f"{type(error).__name__}: {error}"
     print(json.dumps(row), flush=True)
@@ -275,7 +189,7 @@ def _timed(
 
 
 @torch.no_grad()
-def static(args: argparse.Namespace) -> dict[str, Any]:
+def static(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Time the plain model's step over a static full cache, eagerly and as a graph."""
     model = llama_8b(args.layers)
     cache = StaticCache(config=model.config, max_cache_len=args.length + 64)
@@ -306,12 +220,7 @@ def static(args: argparse.Namespace) -> dict[str, Any]:
             times[name].append(start.elapsed_time(stop))
     row = {name: round(statistics.median(values), 3) for name, values in times.items()}
     print("static full cache, ms per token", row, flush=True)
-    return {"batch": args.batch, "length": args.length, **row}
-
-
-def on_gpu(batch: dict[str, torch.Tensor]) -> dict[str, Any]:
-    """Return the batch on the GPU."""
-    return {name: tensor.cuda() for name, tensor in batch.items()}
+    return [{"batch": args.batch, "length": args.length, **row}]
 
 
 def print_table(runs: Any) -> None:
@@ -319,14 +228,20 @@ def print_table(runs: Any) -> None:
     if not isinstance(runs, list):
         return
     columns = ["system", "graph", "batch", "length", "ms_per_token", "floor_ms", "of_floor"]
-    columns += ["kv_gib", "captures", "capture_s", "error"]
+    columns += ["kv_gib", "budget", "captures", "capture_s", "start_s", "error"]
     print("| " + " | ".join(columns) + " |")
     print("|" + "---|" * len(columns))
     for run in runs:
         print("| " + " | ".join(str(run.get(name, "")) for name in columns) + " |")
 
 
-SECTIONS = {"check": check, "leak": leak, "speed": speed, "static": static}
+SECTIONS = {
+    "check": check,
+    "leak": leak,
+    "speed": speed,
+    "static": static,
+    "capture": capture,
+}
 
 
 def _arguments() -> argparse.Namespace:
@@ -338,6 +253,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--budget", type=int, default=2048)
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--new-tokens", type=int, default=40)
+    parser.add_argument(
+        "--alone", type=int, default=0, metavar="N", help="time captured runs alone, N of each"
+    )
     parser.add_argument("--out")
     return parser.parse_args()
 
