@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import gc
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -81,7 +82,8 @@ class StepGraph:
         collecting = gc.isenabled()
         gc.disable()  # what it would free may belong to another graph, which is not allowed now
         try:
-            with torch.cuda.stream(stream):
+            # a broken capture also warns (of an empty graph, of lost memory); its error says it all
+            with torch.cuda.stream(stream), _warnings_of_success():
                 # other threads (a streamer's, a server's) may go on using the device
                 graph.capture_begin(capture_error_mode="thread_local")
                 try:
@@ -118,6 +120,16 @@ class SyncWatch:
         for item in self._caught or []:
             if "synchronizing CUDA operation" in str(item.message):
                 self.found = self.found or f"{item.filename}:{item.lineno} waits for the device"
+
+
+@contextmanager
+def _warnings_of_success() -> Iterator[None]:
+    """Show the warnings of a block only where it succeeds."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield
+    for item in caught or []:
+        warnings.warn_explicit(item.message, item.category, item.filename, item.lineno)
 
 
 @cache
