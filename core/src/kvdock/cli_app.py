@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -22,7 +24,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-OWN = {"list", "show", "doctor", "--version"}
+OWN = {"list", "show", "doctor", "new", "--version"}
 """First arguments that need no command of another package."""
 
 
@@ -83,6 +85,21 @@ def doctor(
 
     healthy = examine(console(), method)
     raise typer.Exit(0 if healthy else 1)
+
+
+@app.command()
+def new(
+    name: Annotated[str, typer.Argument(help="Letters and digits, such as my-method.")],
+    path: Annotated[
+        Path | None, typer.Option(help="The folder to make; ./NAME if left out.")
+    ] = None,
+) -> None:
+    """Make a package with a working method to start from, a copy of the smallest one."""
+    from kvdock.scaffold import create
+
+    folder = create(name, path)
+    place = str(folder) if folder.is_absolute() else f"./{folder.as_posix()}"
+    print(f"Made {place}. Next:\n  pip install -e {shlex.quote(place)}\n  kvdock doctor {name}")
 
 
 def _options_table(method: Method) -> Table:

@@ -64,6 +64,10 @@ class Host:
                 _sole(id, claims)
         return sorted({*entries, *self._methods} - self._disabled)
 
+    def installed(self) -> set[str]:
+        """Return the ids of all installed methods, hidden and colliding ones included."""
+        return {*self._entries(ENTRY_POINT_GROUP), *self._methods}
+
     def sources(self, id: str) -> list[str]:
         """Name the distributions that bring a method, with their versions."""
         return [_source(entry) for entry in self._entries(ENTRY_POINT_GROUP).get(id, [])]
