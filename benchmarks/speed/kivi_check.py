@@ -13,13 +13,14 @@ import argparse
 import itertools
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 import triton
-from kivi_cases import HEAD_DIM, HEADS, KV_HEADS, Case, compile_all, draw, errors, filled
+from kivi_cases import HEAD_DIM, HEADS, KV_HEADS, Case, compile_all, draw, errors, filled, guarded
 from measure import environment, replayed_microseconds
 
 from kvdock_kivi.geometry import Geometry
@@ -36,6 +37,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--length", type=int, default=131_072)
     parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--flex", action="store_true", help="time FlexAttention too (compiles)")
     parser.add_argument("--out", help="write the numbers to this JSON file")
     args = parser.parse_args()
     record: dict[str, Any] = {"environment": environment(triton=triton.__version__)}
@@ -56,7 +58,7 @@ def main() -> None:
         print(f"{dtype[6:]} Q={queries} q×{size:g}: worst of {len(same)}: {text}", flush=True)
     wrong = [r["case"] for c, r in rows if demanded(c) and not r["answer"] <= LIMITS[c.dtype]]
     wrong += [r["case"] for _, r in rows if not r["same"]]
-    record["times"] = times(args.length, args.batch, bandwidth) + turns()
+    record["times"] = times(args.length, args.batch, bandwidth, flex=args.flex) + turns()
     if args.out:
         Path(args.out).write_text(json.dumps(record, indent=1) + "\n")
     if wrong:
@@ -93,15 +95,25 @@ def variants(cases: list[Case]) -> list[Case]:
     return sorted(found.values(), key=lambda case: -case.queries)
 
 
-def times(length: int, batch: int, bandwidth: float) -> list[dict[str, Any]]:
-    """Time a step over packed caches beside SDPA over the full one, all from CUDA graphs."""
+def times(length: int, batch: int, bandwidth: float, *, flex: bool) -> list[dict[str, Any]]:
+    """Time a step over packed caches beside dense ones over the full cache, from CUDA graphs."""
     q = draw(batch, HEADS, 1, HEAD_DIM)
     k, v = (draw(batch, KV_HEADS, length, HEAD_DIM, seed=i) for i in (1, 2))
-    dense = replayed_microseconds(
-        lambda: F.scaled_dot_product_attention(q, k, v, enable_gqa=True), 20
-    )
-    rows: list[dict[str, Any]] = [{"what": "sdpa", "length": length, "batch": batch, "us": dense}]
-    print(f"sdpa enable_gqa T={length} B={batch} {dense:.1f} us", flush=True)
+    calls: dict[str, Callable[[], Any]] = {
+        "sdpa enable_gqa": lambda: F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+    }
+    if flex:
+        from torch.nn.attention.flex_attention import flex_attention
+
+        compiled = torch.compile(flex_attention, dynamic=False)
+        calls["flex_attention"] = lambda: compiled(q, k, v, enable_gqa=True)
+    rows: list[dict[str, Any]] = []
+    for name, run in calls.items():
+        us = guarded(lambda run=run: replayed_microseconds(run, 20))
+        if isinstance(us, float):
+            rows.append({"what": name, "length": length, "batch": batch, "us": us})
+            print(f"{name} T={length} B={batch} {us:.1f} us", flush=True)
+    dense = min(row["us"] for row in rows)
     for bits in (2, 4):
         row = step(Geometry(bits, 32, 128), q, length, batch)
         floor = row["bytes"] / bandwidth / 1e6

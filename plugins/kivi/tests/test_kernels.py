@@ -41,7 +41,7 @@ def test_half_precision_answers_are_as_near_as_a_half_can_be(runs):
     assert {name: error for name, error in errors.items() if not error <= 2e-3} == {}
     # a float16 below 4 is rounded by 2^-10 at most; a turn's own errors stay far below that
     levels = {name: run["lse"] for name, run in runs["turns"].items() if "Q=1" not in name.split()}
-    assert {name: error for name, error in levels.items() if not error <= 2e-4} == {}
+    assert {name: error for name, error in levels.items() if not error <= 4e-4} == {}
 
 
 @pytest.mark.interpret
