@@ -203,7 +203,7 @@ def test_doctor_reports_backends_methods_and_the_contract(site, in_process, monk
     backends = [("sdpa", True, ""), ("flash", False, "no GPU of compute capability 8.0")]
     checks = [("budget", True, "identical"), ("padding", False, "row 1 differs")]
     fake_module(monkeypatch, "kvdock.kernels", probe_backends=lambda: backends)
-    fake_module(monkeypatch, "kvdock.testing", check_method=lambda id: checks)
+    fake_module(monkeypatch, "kvdock.testing", outcomes=lambda id: iter(checks))
     monkeypatch.setattr("kvdock.cli_doctor._devices", lambda: [("cpu", True, "2 cores")])
     fake_module(monkeypatch, "torch")
     monkeypatch.setattr("kvdock.cli_doctor._versions", lambda: [("python", True, "3.11")])
@@ -217,6 +217,46 @@ def test_doctor_reports_backends_methods_and_the_contract(site, in_process, monk
     assert result.exit_code == 1
     checks.pop()
     assert in_process.invoke(app, ["doctor", "FakeKV"]).exit_code == 0
+
+
+def test_doctor_of_one_method_is_not_failed_by_a_broken_neighbour(site, in_process, monkeypatch):
+    site.add_method("fakekv")
+    site.add_broken("brokenkv")
+    fake_module(monkeypatch, "kvdock.kernels", probe_backends=list)
+    fake_module(monkeypatch, "kvdock.kernels.sparse", probe_sparse_backends=list)
+    checks = [("budget", True, "identical")]
+    fake_module(monkeypatch, "kvdock.testing", outcomes=lambda id: iter(checks))
+    monkeypatch.setattr("kvdock.cli_doctor._devices", lambda: [("cpu", True, "2 cores")])
+    fake_module(monkeypatch, "torch")
+    monkeypatch.setattr("kvdock.cli_doctor._versions", lambda: [("python", True, "3.11")])
+    assert in_process.invoke(app, ["doctor"]).exit_code == 1
+    result = in_process.invoke(app, ["doctor", "fakekv"])
+    assert (result.exit_code, "brokenkv" in result.output) == (0, False)
+    result = in_process.invoke(app, ["doctor", "fakekv", "--no-contract"])
+    assert (result.exit_code, "Contract" in result.output) == (0, False)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "found"),
+    [
+        (["--lengths", "0"], "--lengths is 0, expected whole numbers from 1"),
+        (["--lengths", "8", str(10**30)], f"--lengths is {10**30}, expected"),
+        (["--batch_size", "-1"], "--batch_size is -1, expected"),
+        (["--memory", "80"], "--memory is '80', expected a size such as 80GiB"),
+        (["--memory", "big"], "budget 'big'"),
+        (["--budget", "-3"], "budget '-3'"),
+    ],
+)
+def test_doctor_refuses_what_no_estimate_can_be_made_of(site, arguments, found):
+    result = run(site, "doctor", "--model", "nowhere", *arguments)
+    assert (result.returncode, result.stdout, result.stderr.count("\n")) == (2, "", 1)
+    assert found in result.stderr
+
+
+def test_doctor_asks_for_the_model_an_estimate_is_about(site):
+    result = run(site, "doctor", "--lengths", "8", "16")
+    assert result.returncode == 2
+    assert "there is no model. Name it: kvdock doctor --model FOLDER" in result.stderr
 
 
 def test_doctor_survives_an_examination_that_breaks(site, in_process, monkeypatch):

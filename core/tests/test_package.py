@@ -19,6 +19,8 @@ TORCH_FREE = (
     "kvdock.cli_app",
     "kvdock.cli_list",
     "kvdock.cli_doctor",
+    "kvdock.cli_estimate",
+    "kvdock.scaffold",
 )
 
 

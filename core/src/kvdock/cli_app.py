@@ -10,9 +10,11 @@ import typer
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+from typer.core import TyperCommand
 
 from kvdock import __version__
 from kvdock.cli_list import print_methods
+from kvdock.errors import OptionError
 from kvdock.method import Method
 from kvdock.options import describe
 from kvdock.registry import default_host
@@ -75,15 +77,60 @@ def show(method: Annotated[str, typer.Argument(help="Id or the paper's name.")])
     out.print(_capabilities_table(record))
 
 
-@app.command()
+class _SeveralLengths(TyperCommand):
+    """Let one flag take several numbers: `--lengths 8192 32768`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Repeat the flag before each further number, then parse as usual."""
+        spread: list[str] = []
+        taking = False
+        for word in args:
+            if taking and word.isdecimal() and spread[-1] != "--lengths":
+                spread.append("--lengths")
+            taking = word == "--lengths" or (taking and word.isdecimal())
+            spread.append(word)
+        return super().parse_args(ctx, spread)
+
+
+@app.command(cls=_SeveralLengths)
 def doctor(
-    method: Annotated[str | None, typer.Argument(help="Also check this method.")] = None,
+    method: Annotated[
+        str | None, typer.Argument(help="Also check this method, or methods joined by '+'.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Estimate memory: a local folder or its config.json.")
+    ] = None,
+    lengths: Annotated[
+        list[int] | None, typer.Option(help="Prompt lengths; 8192 32768 131072 if left out.")
+    ] = None,
+    budget: Annotated[
+        str | None, typer.Option(help="2048 slots, 25% of the prompt, or 1GiB.")
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, float16 or bfloat16; else the config's.")
+    ] = None,
+    memory: Annotated[
+        str | None, typer.Option(help="Such as 80GiB; else what is free on the first GPU.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option("--batch_size", help="Prompts at once.")] = 1,
+    contract: Annotated[
+        bool, typer.Option("--contract/--no-contract", help="Run METHOD's contract checks.")
+    ] = True,
 ) -> None:
-    """Report versions, devices and attention backends; with METHOD, run its contract checks."""
+    """Report versions, devices, backends; of METHOD the contract checks, of --model the memory."""
     # imported here because it is the only command that may import torch
     from kvdock.cli_doctor import examine
+    from kvdock.cli_estimate import LENGTHS, Request
 
-    healthy = examine(console(), method)
+    request = None
+    if model is not None:
+        request = Request(model, lengths or LENGTHS, budget, dtype, memory, batch_size)
+    elif lengths or budget or dtype or memory:
+        raise OptionError(
+            "--lengths, --budget, --dtype and --memory are about an estimate, but there is no"
+            " model. Name it: kvdock doctor --model FOLDER"
+        )
+    healthy = examine(console(), method, request, contract=contract)
     raise typer.Exit(0 if healthy else 1)
 
 

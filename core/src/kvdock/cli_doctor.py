@@ -1,18 +1,22 @@
-"""What `kvdock doctor` examines: versions, devices, backends, and the contract of a method."""
+"""What `kvdock doctor` examines: versions, devices, backends, memory, the contract of a method."""
 
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
 import platform
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from importlib.metadata import PackageNotFoundError, requires, version
 from typing import Any
 
 from rich.console import Console
 from rich.text import Text
 
-from kvdock.registry import default_host
+from kvdock.cli_estimate import Request, print_estimate
+from kvdock.errors import UnsupportedError
+from kvdock.method import Method
+from kvdock.registry import Loaded, default_host
 
 REQUIRED = ("torch", "transformers")
 OPTIONAL = (
@@ -26,19 +30,35 @@ OPTIONAL = (
 INSTALL = 'pip install "kvdock[hf]"'
 
 
-def examine(out: Console, method: str | None = None) -> bool:
-    """Print the report and return whether everything needed works."""
+def examine(
+    out: Console,
+    method: str | None = None,
+    request: Request | None = None,
+    *,
+    contract: bool = True,
+) -> bool:
+    """Print the report and return whether everything needed works.
+
+    Args:
+        method: an id, or ids joined by "+"; only what concerns it counts then.
+        request: what memory to estimate. contract: run the method's contract checks.
+    """
     # an unknown method is an error before anything slow happens
-    id = None if method is None else default_host().load(method).id
+    ids = [default_host().load(part.strip()).id for part in method.split("+")] if method else []
     findings = [
         _section(out, "Versions", _versions),
         _section(out, "Devices", _devices),
         _section(out, "Attention backends", _backends),
         _section(out, "Sparse attention backends", _sparse_backends),
-        _section(out, "Methods", _methods),
+        _section(out, "Methods", lambda: _methods(ids)),
     ]
-    if id is not None:
-        findings.append(_section(out, f"Contract of {id}", lambda: _contract(id)))
+    name = "+".join(ids)
+    if request is not None:
+        if _try_import("kvdock.estimate") is None:
+            raise UnsupportedError(f"an estimate needs torch and transformers; try: {INSTALL}")
+        print_estimate(out, request, name or None)
+    if ids and contract:
+        findings.append(_section(out, f"Contract of {name}", lambda: _contract(name)))
     return all(findings)
 
 
@@ -136,21 +156,39 @@ def _probed(module: str, probe: str) -> Iterable[Finding]:
     ]
 
 
-def _methods() -> Iterable[Finding]:
-    methods, failed = default_host().load_all()
+def _methods(ids: Sequence[str] = ()) -> Iterable[Finding]:
+    """Tell of the methods named, or of all: one that is broken is no matter of its neighbours."""
+    host = default_host()
+    methods, failed = Loaded([host.load(id) for id in ids], {}) if ids else host.load_all()
     for method in methods:
-        yield method.id, True, ", ".join(default_host().sources(method.id))
+        sources = ", ".join(host.sources(method.id)) or "this process"
+        reason = _unusable(method)
+        yield method.id, None if reason else True, f"{sources}{reason}"
     for id, reason in failed.items():
         yield id, False, reason
     if not methods and not failed:
         yield "none", None, "try: pip install kvdock-snapkv"
 
 
-def _contract(id: str) -> Iterable[Finding]:
+def _unusable(method: Method) -> str:
+    """Say why a method cannot run at its best here, "" where it can."""
+    torch = _try_import("torch")
+    if torch is None:
+        return f": torch is missing; try: {INSTALL}"
+    if method.needs.gpu and not torch.cuda.is_available():
+        return ": needs a GPU, there is none"
+    missing = [name for name in method.needs.extras if importlib.util.find_spec(name) is None]
+    if missing and torch.cuda.is_available():
+        return f": its kernels lack {', '.join(missing)}, so plain torch does their work"
+    return ""
+
+
+def _contract(name: str) -> Iterable[Finding]:
     testing = _try_import("kvdock.testing")
     if testing is None:
-        return [("not run", False, f"torch or transformers is missing; try: {INSTALL}")]
-    return [(check, ok, message) for check, ok, message in testing.check_method(id)]
+        yield "not run", False, f"torch or transformers is missing; try: {INSTALL}"
+    else:
+        yield from testing.outcomes(name)
 
 
 def _try_import(name: str) -> Any:

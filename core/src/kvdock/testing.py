@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -248,15 +248,20 @@ def check_method(
     method: str, families: tuple[str, ...] = FAMILIES, **options: Any
 ) -> list[tuple[str, bool, str]]:
     """Run the whole contract; return (family: check, kept, what was found) per promise."""
-    outcome = []
+    return list(outcomes(method, families, **options))
+
+
+def outcomes(
+    method: str, families: tuple[str, ...] = FAMILIES, **options: Any
+) -> Iterator[tuple[str, bool, str]]:
+    """Yield what `check_method` returns as it comes."""
     for family in families:
         for name, check in CHECKS.items():
             try:
                 check(Case(method, family, options=options))
-                outcome.append((f"{family}: {name}", True, ""))
+                yield f"{family}: {name}", True, ""
             except Exception as error:  # a crash breaks the promise too
-                outcome.append((f"{family}: {name}", False, f"{type(error).__name__}: {error}"))
-    return outcome
+                yield f"{family}: {name}", False, f"{type(error).__name__}: {error}"
 
 
 def residue(model: PreTrainedModel) -> dict[str, Any]:
