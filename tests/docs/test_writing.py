@@ -51,12 +51,12 @@ def test_six_steps_and_under_sixty_lines():
     assert 30 < len(lines) < 60
 
 
-@pytest.mark.skipif("new" not in OWN, reason="kvdock has no command new here")
 def test_the_method_works(tmp_path):
     """As an installer would, but without one: the package's folder and an entry point."""
-    run("kvdock", "new", "valuenorm", cwd=tmp_path)
     package, site = tmp_path / "valuenorm", tmp_path / "site"
-    shutil.rmtree(package / "tests")
+    if "new" in OWN:
+        run("kvdock", "new", "valuenorm", cwd=tmp_path)
+        shutil.rmtree(package / "tests")
     for name, code in files().items():
         (package / name).parent.mkdir(parents=True, exist_ok=True)
         (package / name).write_text(code)
