@@ -18,7 +18,15 @@ from kvdock.dense import KEY, POSITION, VALUE
 from kvdock.formatted import FormattedStore
 from kvdock.frozen_form import FormCursors, FrozenForm
 from kvdock.frozen_release import FusedRelease, fused_release
-from kvdock.kernels.slots import append_kernel, append_slots, attend_filled, counters, tried
+from kvdock.kernels.slots import (
+    BOUNDED,
+    Form,
+    append_kernel,
+    append_slots,
+    attend_filled,
+    counters,
+    tried,
+)
 from kvdock.layer import LayerStore
 from kvdock.policy import AttentionParams
 
@@ -190,13 +198,23 @@ class FrozenCache:
             layer.thaw()
 
 
-def has_kernel(store: LayerStore) -> bool:
-    """Say whether a step attends without a mask in this layer."""
+def has_kernel(store: LayerStore, form: Form | None = None) -> bool:
+    """Say whether a step attends without a mask in this layer, in a form or in its own."""
     key, value = store.dense.table[KEY], store.dense.table[VALUE]
     if not key.is_cuda:
         return False
     group = store.plan.config.num_attention_heads // key.shape[1]
-    return tried(key.device, key.dtype, group, key.shape[-1], value.shape[-1]) is not None
+    form = _form(store) if form is None else form
+    return tried(key.device, key.dtype, group, key.shape[-1], value.shape[-1], form) is not None
+
+
+def _form(store: LayerStore) -> Form:
+    """Return the form in which a step calls the attention kernel."""
+    policy = store.plan.cache_policy
+    if policy is None or not store.ledger.bounded:
+        return Form(holes=False)
+    rule = policy.release_rule(torch.ones(1, dtype=torch.int64))
+    return Form(tells=rule is not None and rule.worth != "age")
 
 
 def _frozen_slots(stores: Sequence[LayerStore]) -> tuple[Cursors, Sequence[FrozenLayer]]:
@@ -211,6 +229,9 @@ def _frozen_slots(stores: Sequence[LayerStore]) -> tuple[Cursors, Sequence[Froze
         append_kernel(first.device, first.dtype)
     if all(has_kernel(store) for store in stores):
         cursors.fused = fused_release(stores, cursors)
+    if cursors.fused is None and cursors.bounded:
+        for store in stores:
+            has_kernel(store, BOUNDED)
     return cursors, layers
 
 

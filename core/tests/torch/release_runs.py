@@ -164,8 +164,8 @@ def model_run(method, family):
 
 
 if DEVICE.type == "cpu":  # the interpreter serves where no kernel would be looked for
-    slots.slot_kernel = lambda query, key, value: slots_triton.attend
-    frozen.has_kernel = lambda store: True
+    slots.slot_kernel = lambda query, key, value, form: slots_triton.attend
+    frozen.has_kernel = lambda store, form=None: True
 slots_triton.multiprocessors = lambda device: PROCESSORS
 kernels = dict(kernel_runs())
 models = {

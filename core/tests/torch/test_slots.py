@@ -60,10 +60,11 @@ def deaf_to_holes(query, key, value, params, arrived, *, position, used):
     return attend_slots(query, key, value, (position >= 0).cummax(-1).values, params)
 
 
+@pytest.mark.parametrize("form", [slots.Form(), slots.Form(ends=False)])
 @pytest.mark.parametrize(("kernel", "good"), [(right, True), (deaf_to_holes, False)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_a_kernel_is_tried_before_it_is_trusted(kernel, good, dtype):
-    error = slots._error(kernel, torch.device("cpu"), dtype, 4, 64, 64)
+def test_a_kernel_is_tried_before_it_is_trusted(kernel, good, dtype, form):
+    error = slots._error(kernel, torch.device("cpu"), dtype, 4, 64, 64, form)
     assert (error < slots.TOLERANCE[dtype]) == good
 
 

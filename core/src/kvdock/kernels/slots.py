@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from functools import cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -86,7 +87,9 @@ def attend_filled(
     Returns:
         [B, 1, H, D], contiguous.
     """
-    kernel = slot_kernel(query, key, value)
+    kernel = slot_kernel(
+        query, key, value, Form(position is not None, used is not None, bool(told))
+    )
     if kernel is not None:
         if arrived is None:
             arrived = _of_stream(query.device, key.shape[0] * key.shape[1])
@@ -108,23 +111,43 @@ def counters(batch: int, heads: int, device: torch.device) -> Tensor:
 Kernel = Callable[..., Tensor]
 
 
-def slot_kernel(query: Tensor, key: Tensor, value: Tensor) -> Kernel | None:
+class Form(NamedTuple):
+    """Say which of its optional arguments a call of the kernel has; each form is compiled."""
+
+    holes: bool = True
+    ends: bool = True
+    tells: bool = False
+
+
+BOUNDED = Form()
+"""The form of rows that give entries up."""
+
+
+def slot_kernel(query: Tensor, key: Tensor, value: Tensor, form: Form) -> Kernel | None:
     """Return the kernel for states like these, None where plain torch has to do."""
     if not query.is_cuda:
         return None
     group = query.shape[1] // key.shape[1]
-    return tried(query.device, query.dtype, group, key.shape[-1], value.shape[-1])
+    return tried(query.device, query.dtype, group, key.shape[-1], value.shape[-1], form)
 
 
 @cache
 def tried(
-    device: torch.device, dtype: torch.dtype, group: int, dim: int, value_dim: int
+    device: torch.device,
+    dtype: torch.dtype,
+    group: int,
+    dim: int,
+    value_dim: int,
+    form: Form = BOUNDED,
 ) -> Kernel | None:
-    """Return the kernel if it computes a small case rightly; None, with one log line, if not."""
+    """Return the kernel if it computes a small case rightly; None, with one log line, if not.
+
+    Only the form that is asked for is compiled: a first use ever waits for its compiler.
+    """
     try:
         from kvdock.kernels.slots_triton import attend
 
-        error = _error(attend, device, dtype, group, dim, value_dim)
+        error = _error(attend, device, dtype, group, dim, value_dim, form)
         limit = TOLERANCE.get(dtype, 0.0)
         if error < limit:
             return attend
@@ -136,11 +159,19 @@ def tried(
 
 
 def _error(
-    attend: Kernel, device: torch.device, dtype: torch.dtype, group: int, dim: int, value_dim: int
+    attend: Kernel,
+    device: torch.device,
+    dtype: torch.dtype,
+    group: int,
+    dim: int,
+    value_dim: int,
+    form: Form = BOUNDED,
 ) -> float:
     """Return the largest difference from plain torch, over rows of unequal length with holes."""
     generator, heads = torch.Generator().manual_seed(0), 2
     slots, *filled = SMALL_CASE
+    if not form.holes and not form.ends:
+        filled = [slots] * len(filled)
 
     def states(count: int, length: int, width: int) -> Tensor:
         made = torch.randn(len(filled), count, length, width, generator=generator)
@@ -151,19 +182,27 @@ def _error(
     position = torch.arange(slots, dtype=torch.int32).repeat(len(filled), heads, 1)
     for row, count in enumerate(filled):
         position[row, :, count:] = -1
-        position[row, 1, 3] = -1
+        if form.holes:
+            position[row, 1, 3] = -1
     position = position.to(device)
     used = torch.tensor(filled, device=device) - 1
     params = AttentionParams(dim**-0.5)
     arrived = counters(len(filled), heads, device)
     exact = attend_slots(query.double(), key.double(), value.double(), position >= 0, params)
-    found = torch.stack(
-        [  # the third finds the counters as the second left them
-            attend(query, key, value, params, arrived, position=position, used=ends)
-            for ends in (used, None, used)
-        ]
-    )
-    error = (found.double() - exact).abs().max()
+    given: dict[str, Any] = {"position": position if form.holes else None}
+    given["used"] = used if form.ends else None
+    if form.tells:
+        given["told"] = tuple(query.new_empty(len(filled), group * heads, *size).float()
+                              for size in ((slots,), ()))  # fmt: skip
+    # the second finds the counters as the first left them
+    found = [attend(query, key, value, params, arrived, **given) for _ in range(2)]
+    error = (torch.stack(found).double() - exact).abs().max()
+    if form.tells:
+        logits, total = (part.double() for part in given["told"])
+        weights = (logits - total[..., None]).exp2().unflatten(1, (heads, group))
+        weights = weights.where(position[:, :, None] >= 0, 0.0)
+        again = (weights @ value.double()).flatten(1, 2)[:, None]
+        error = error.maximum((again - exact).abs().max())
     return float(error.nan_to_num(nan=float("inf")))
 
 
