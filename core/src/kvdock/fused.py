@@ -132,6 +132,7 @@ class FusedStep:
             hidden_states: Tensor,
             position_embeddings: tuple[Tensor, Tensor],
             attention_mask: Any,
+            *cache: Any,
             **kwargs: Any,
         ) -> tuple[Tensor, None]:
             shape = (*hidden_states.shape[:-1], -1, module.head_dim)
@@ -141,7 +142,8 @@ class FusedStep:
             query = module.q_norm(query) if norms[0] else query
             key = module.k_norm(key) if norms[1] else key
             query, key = self._kernels.rotate(query, key, *position_embeddings)
-            key, value = kwargs.pop(CACHE).update(key, value, module.layer_idx)
+            (held,) = cache or (kwargs.pop(CACHE),)  # as the model hands it over, or by place
+            key, value = held.update(key, value, module.layer_idx)
             output, _ = dock_attention(
                 module, query, key, value, attention_mask, scaling=module.scaling, **kwargs
             )
