@@ -7,6 +7,7 @@ imported for the first time. `test_release.py` runs it.
 import json
 import os
 import sys
+from types import SimpleNamespace
 
 if "--interpret" in sys.argv:
     os.environ["TRITON_INTERPRET"] = "1"
@@ -14,7 +15,7 @@ os.environ["KVDOCK_FROZEN"] = "1"
 
 import torch
 
-from kvdock import frozen
+from kvdock import frozen, frozen_release
 from kvdock.kernels import release_triton, slots, slots_triton
 from kvdock.policy import AttentionParams
 from kvdock.testing import Case, alone, generate, left_padded
@@ -176,4 +177,7 @@ models = {
         ("cakekv", "mistral"),
     )
 }
-print(json.dumps({"kernels": kernels, "models": models}))
+# kernels that give nothing up must not be taken
+frozen_release.release_kernels = lambda: SimpleNamespace(drop_oldest=lambda *given: None)
+refused = model_run("streamingllm", "llama")
+print(json.dumps({"kernels": kernels, "models": models, "refused": refused}))

@@ -38,3 +38,8 @@ def test_answers_and_kept_entries_are_those_of_the_policies(found):
     for name, run in found["models"].items():
         assert run["used"] == [False, False, True, True], name
         assert run["same"], name
+
+
+@pytest.mark.interpret
+def test_kernels_that_differ_on_a_small_case_are_refused(found):
+    assert found["refused"] == {"same": True, "used": [False] * 4}
