@@ -14,7 +14,9 @@ from kvdock.errors import UnsupportedError
 from kvdock.policy import ModelFacts
 from kvdock.rope import make_rotation
 
-DTYPES = {name: getattr(torch, name) for name in ("float32", "float16", "bfloat16")}
+DTYPES: dict[str, torch.dtype] = {
+    name: getattr(torch, name) for name in ("float32", "float16", "bfloat16")
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +111,8 @@ def _skeleton(config: Any, dtype: torch.dtype) -> PreTrainedModel:
         model: PreTrainedModel = AutoModelForCausalLM.from_config(
             config, dtype=dtype, trust_remote_code=False
         )
-    return model.eval()
+    model.eval()
+    return model
 
 
 def _shapes(model: PreTrainedModel) -> list[LayerShape | None]:
