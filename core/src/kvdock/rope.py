@@ -85,7 +85,10 @@ def make_turns(model: nn.Module, managed: tuple[int, ...]) -> Turns | None:
     low, high = key.chunk(2, dim=-1)
     halves = key * cos + torch.cat([-high, low], dim=-1) * sin
     found = apply(key[None], key[None], cos, sin)[1][0]
-    device = next(model.parameters()).device
+    # parameters that are offloaded lie nowhere; the frequencies stay where they are used
+    device = next((buffer.device for buffer in rotary.buffers()), torch.device("meta"))
+    if device.type == "meta":
+        return None
     whole = turns(torch.zeros(1, 1, dtype=torch.long, device=device))[0].shape[-1] == dim
     return turns if whole and torch.allclose(found, halves) else None
 
