@@ -29,5 +29,6 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.path.parent == HERE:
             given = item.callspec.params
-            if is_general(given.get("method") or given["methods"], given.get("family")):
+            method = given["method"] if "method" in given else given["methods"]
+            if is_general(method, given.get("family")):
                 item.add_marker(pytest.mark.general)

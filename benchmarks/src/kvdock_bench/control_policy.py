@@ -3,7 +3,8 @@
 import torch
 
 from kvdock.kernels.selection import top_positions
-from kvdock.policy import CachePolicy, PrefillView, Selection
+from kvdock.policy import CachePolicy, ModelFacts, PrefillView, Selection
+from kvdock.shard import WHOLE
 from kvdock_bench.control import RandomOptions
 
 
@@ -12,12 +13,18 @@ class RandomPolicy(CachePolicy):
 
     def __init__(self, options: RandomOptions) -> None:
         self.options = options
+        self._shard = WHOLE
+
+    def bind(self, facts: ModelFacts) -> None:
+        """Remember which of the model's heads are here: every head has its own draw."""
+        self._shard = facts.shard
 
     def select(self, view: PrefillView) -> Selection:
         """Return C random entries per key/value head, the window always among them."""
         b, kv_heads, n, _ = view.keys.shape
         generator = torch.Generator().manual_seed(self.options.seed * 1_000_003 + view.layer)
-        draw = torch.rand(kv_heads, n, generator=generator)
+        draw = torch.rand(kv_heads * self._shard.size, n, generator=generator)
+        draw = draw[self._shard.place(kv_heads)]
         window = min(self.options.window, view.slots)
         draw[:, n - window :] = 2.0
         index = top_positions(draw.to(view.keys.device), view.slots)

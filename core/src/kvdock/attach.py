@@ -32,6 +32,7 @@ from kvdock.policy import ModelFacts
 from kvdock.registry import default_host
 from kvdock.report import Report, make_report
 from kvdock.rope import make_rotation, make_turns
+from kvdock.shard import find_shard
 from kvdock.slicing import sliced
 
 
@@ -149,9 +150,16 @@ def attach(
     _check_dtype(model.dtype, composition)
     rotate, reason = make_rotation(model, managed)
     facts = ModelFacts(
-        len(managed), rotate, reason, config, model.device, model.dtype, _head_dim(config),
+        len(managed),
+        rotate,
+        reason,
+        config,
+        model.device,
+        model.dtype,
+        _head_dim(config),
         make_turns(model, managed),
-    )  # fmt: skip
+        find_shard(model, config),
+    )
     if composition.cache_policy is not None:
         composition.cache_policy.bind(facts)
     for storage in (composition.channel_policy, composition.format_policy):

@@ -184,7 +184,8 @@ class LayerStore:
             key, value = self.dense.view(KEY), self.dense.view(VALUE)
         tokens = self.ledger.tokens
         entry = key.shape[-1] * key.element_size() + value.shape[-1] * value.element_size()
-        slot_bytes = entry * key.shape[1] * len(tokens) * self.plan.facts.layers
+        heads = key.shape[1] * self.plan.facts.shard.size
+        slot_bytes = entry * heads * len(tokens) * self.plan.facts.layers
         slots = {n: self.plan.layer_slots(n, slot_bytes)[self.rank] for n in set(tokens)}
         self.ledger.slots = [slots[n] for n in tokens]
 

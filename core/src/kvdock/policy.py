@@ -15,6 +15,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from kvdock.shard import WHOLE, HeadShard
+
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
@@ -52,6 +54,8 @@ class ModelFacts:
     head_dim: int | None = None
     turns: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None
     """``turns(delta [b, N])``: cos and sin of ``rotate``, where it turns halves of whole heads."""
+    shard: HeadShard = WHOLE
+    """Which of the model's heads the views show; all of them but under tensor parallelism."""
 
 
 @dataclass(frozen=True, slots=True)

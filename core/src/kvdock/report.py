@@ -20,7 +20,7 @@ class LayerReport:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """Sizes in bytes, times in seconds.
+    """Sizes in bytes, times in seconds; under tensor parallelism this process's part of the sizes.
 
     Args:
         bytes_held: allocated for keys and values, unused room included.

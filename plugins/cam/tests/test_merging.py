@@ -125,3 +125,9 @@ def test_draws_are_uniform_and_unrelated():
     assert between.abs().max() < 0.03
     neighbours = torch.corrcoef(torch.stack([draws[0, :-1], draws[0, 1:]]))[0, 1]
     assert neighbours.abs() < 0.03
+
+
+def test_a_part_of_the_heads_has_the_draws_of_those_heads():
+    positions = torch.arange(50).expand(1, 6, 50)
+    whole = uniform(positions, 3, 2)
+    assert torch.equal(uniform(positions[:, 4:], 3, 2, first_head=4), whole[:, 4:])

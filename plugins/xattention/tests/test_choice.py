@@ -1,12 +1,16 @@
 """The threshold rules: published vectors, literal loops, and what every list must hold."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from kvdock.errors import OptionError
 from kvdock.kernels.blocks import density, mask_from_lists
-from kvdock.policy import AttentionParams
+from kvdock.policy import AttentionParams, ModelFacts
+from kvdock.shard import HeadShard
 from kvdock_xattention.options import XAttentionOptions
+from kvdock_xattention.policy import XAttentionPolicy
 from kvdock_xattention.reference import chosen_blocks
 from kvdock_xattention.select import score_chunk, select_reference
 
@@ -205,3 +209,13 @@ def test_a_table_that_does_not_fit_the_heads_is_refused():
     query, key = draw(4, 2, 200, 200, 64)
     with pytest.raises(OptionError, match="2 values.*4 query heads"):
         select(query, key, threshold=(0.5, 0.9))
+
+
+def test_a_part_of_the_heads_has_the_thresholds_of_those_heads():
+    config = SimpleNamespace(num_attention_heads=8)
+    table = tuple(n / 10 for n in range(1, 9))
+    policy = XAttentionPolicy(XAttentionOptions(threshold=table))
+    policy.bind(ModelFacts(2, None, config=config, shard=HeadShard(1, 2)), None)
+    assert policy.chosen.thresholds == table[4:]
+    policy.bind(ModelFacts(2, None, config=config), None)
+    assert policy.chosen.thresholds == table

@@ -22,6 +22,7 @@ from kvdock.policy import (
     Selection,
 )
 from kvdock.release import ReleaseRule
+from kvdock.shard import WHOLE
 from kvdock_cakekv.cascade import Cascade
 from kvdock_cakekv.options import CakeKVOptions
 from kvdock_cakekv.scores import preference, window_statistics
@@ -51,10 +52,11 @@ class CakeKVPolicy(CachePolicy):
         self.options = options
         self.query_window = options.window
         self._config: Any = None
+        self._shard = WHOLE
 
     def bind(self, facts: ModelFacts) -> None:
-        """Remember which model it is, for its temperatures."""
-        self._config = facts.config
+        """Remember which model it is, for its temperatures, and which of its heads are here."""
+        self._config, self._shard = facts.config, facts.shard
 
     def check_budget(self, budget: Budget) -> None:
         """Refuse a budget of slots that the window alone would fill."""
@@ -86,6 +88,7 @@ class CakeKVPolicy(CachePolicy):
             chosen = top_positions(indicator, view.slots - window)
             return Selection(_with_window(chosen, view.length, window))
         cascade = self._cascade(view, window)
+        statistics = self._shard.total(statistics)
         cascade.preferences.append(preference(statistics, *self.temperatures(view.slots)))
         chosen = top_positions(indicator, cascade.targets()[-1])
         cascade.indicators.append(indicator.gather(2, chosen))

@@ -51,10 +51,8 @@ def window_statistics(
 def preference(statistics: Tensor, tau1: float, tau2: float) -> float:
     """Return dispersion^(1/τ1) · shift^(1/τ2), the one thing of a layer the host reads.
 
-    Both statistics are sums over heads: where heads live on several devices, add them up here.
-
     Args:
-        statistics: dispersion and shift, [2].
+        statistics: dispersion and shift, [2], sums over all the model's heads.
     """
     logs = [math.log(x) if x > 0 else -math.inf for x in statistics.tolist()]
     exponent = logs[0] / tau1 + logs[1] / tau2

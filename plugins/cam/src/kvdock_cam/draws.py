@@ -11,13 +11,15 @@ _STEP = 0x9E3779B97F4A7C15
 _FIRST, _SECOND = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 
 
-def uniform(positions: Tensor, seed: int, layer: int) -> Tensor:
+def uniform(positions: Tensor, seed: int, layer: int, first_head: int = 0) -> Tensor:
     """Return one float32 in [0, 1) for every entry, in steps of 2⁻²⁴.
 
     Args:
         positions: int64 [b, K, N].
+        first_head: the model's number of the first of the K heads.
     """
-    heads = torch.arange(positions.shape[1], device=positions.device)[None, :, None]
+    last = first_head + positions.shape[1]
+    heads = torch.arange(first_head, last, device=positions.device)[None, :, None]
     stream = _signed((seed * _STEP + layer) * _FIRST)
     return _shifted(_mixed(positions + (heads * _signed(_SECOND) + stream)), 40).float() * 2.0**-24
 

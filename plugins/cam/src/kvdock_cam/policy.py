@@ -10,7 +10,8 @@ from kvdock.budget import Budget
 from kvdock.errors import BudgetError, UnsupportedError
 from kvdock.kernels.selection import top_positions
 from kvdock.kernels.window_scores import window_votes
-from kvdock.policy import CachePolicy, PrefillView, Selection
+from kvdock.policy import CachePolicy, ModelFacts, PrefillView, Selection
+from kvdock.shard import WHOLE
 from kvdock_cam.draws import uniform
 from kvdock_cam.merging import gaps, merge_probability, merged_values
 from kvdock_cam.options import CaMOptions
@@ -30,6 +31,11 @@ class CaMPolicy(CachePolicy):
         self.options = options
         self.query_window = options.window
         self.acts_on_later_turns = options.recompress
+        self._shard = WHOLE
+
+    def bind(self, facts: ModelFacts) -> None:
+        """Remember which of the model's heads are here: every head has its own draws."""
+        self._shard = facts.shard
 
     def check_budget(self, budget: Budget) -> None:
         """Refuse a budget of slots that the window alone would fill."""
@@ -53,7 +59,12 @@ class CaMPolicy(CachePolicy):
         gap = gaps(index, view.length)
         weights = merge_probability(attention, index, gap, self.options.merge)
         if self.options.sample:
-            draws = uniform(view.positions, self.options.seed, view.layer)
+            draws = uniform(
+                view.positions,
+                self.options.seed,
+                view.layer,
+                self._shard.place(view.keys.shape[1]).start,
+            )
             weights = (draws < weights).float()
         return Selection(
             index, values=merged_values(view.values, weights, index, gap, self.options.merge)

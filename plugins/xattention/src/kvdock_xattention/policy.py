@@ -1,5 +1,7 @@
 """XAttention as an attention policy: choose blocks, then attend to them."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -18,6 +20,8 @@ class XAttentionPolicy(AttentionPolicy):
 
     def __init__(self, options: XAttentionOptions) -> None:
         self.options = options
+        self.chosen = options
+        """The options for the heads that this process holds."""
         self._requested: str | None = None
         self._backends: dict[tuple[torch.device, torch.dtype, int], SparseBackend] = {}
 
@@ -30,6 +34,9 @@ class XAttentionPolicy(AttentionPolicy):
                 f"xattention: threshold has {given} values, but the model has {heads} query heads."
                 f" Give one number, or {heads}."
             )
+        if given > 1:
+            mine = facts.shard.place(given // facts.shard.size)
+            self.chosen = replace(self.options, threshold=self.options.thresholds[mine])
         self._requested, self._backends = backend, {}
         if facts.device is not None and facts.dtype is not None and facts.head_dim is not None:
             self._backend(facts.device, facts.dtype, facts.head_dim)
@@ -51,7 +58,7 @@ class XAttentionPolicy(AttentionPolicy):
         if few or self.options.dense or not params.plain:
             return None
         backend = self._backend(query.device, query.dtype, query.shape[-1])
-        lists = select(query, key, params, self.options)
+        lists = select(query, key, params, self.chosen)
         return backend.attend(query, key, value, lists, params)
 
     def _backend(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> SparseBackend:
