@@ -84,7 +84,10 @@ def make_turns(model: nn.Module, managed: tuple[int, ...]) -> Turns | None:
     key, cos, sin = torch.randn(3, 1, 1, dim, generator=torch.Generator().manual_seed(0))
     low, high = key.chunk(2, dim=-1)
     halves = key * cos + torch.cat([-high, low], dim=-1) * sin
-    found = apply(key[None], key[None], cos, sin)[1][0]
+    try:
+        found = apply(key[None], key[None], cos, sin)[1][0]
+    except RuntimeError:  # it takes an angle per pair, not per channel
+        return None
     # parameters that are offloaded lie nowhere; the frequencies stay where they are used
     device = next((buffer.device for buffer in rotary.buffers()), torch.device("meta"))
     if device.type == "meta":

@@ -110,5 +110,5 @@ def test_temperatures_of_a_model(config, slots, wanted):
 
 def test_options_override_the_table():
     policy = CakeKVPolicy(CakeKVOptions(tau2=3.0))
-    policy.bind(SimpleNamespace(config=LLAMA))
+    policy.bind(SimpleNamespace(config=LLAMA, shard=None))
     assert policy.temperatures(1024) == (1.6, 3.0)
