@@ -25,6 +25,8 @@ __all__ = [
 ]
 
 _LARGEST = 1 << 20
+# what PyYAML lets through for `2001-13-45`, `!!bool x`, `!!timestamp x` and numbers without end
+_BAD_VALUES = (ValueError, LookupError, AttributeError, TypeError, OverflowError)
 _SECTIONS: dict[str, Any] = {
     "": BenchConfig,
     "generation": Generation,
@@ -121,7 +123,7 @@ def _merged(source: _Source, chain: list[str]) -> dict[str, Any]:
 def _parse(source: _Source) -> dict[str, Any]:
     try:
         content = yaml.load(source.text, Loader=_Loader)
-    except (yaml.YAMLError, RecursionError) as err:
+    except (yaml.YAMLError, RecursionError, *_BAD_VALUES) as err:
         raise BenchError(f"{source.origin}: not plain YAML: {err}") from err
     if content is None:
         content = {}
@@ -132,8 +134,9 @@ def _parse(source: _Source) -> dict[str, Any]:
 
 def _find(name: str, folder: Path | None = None) -> _Source:
     packaged = {known.lower(): known for known in packaged_configs()}
-    path = (folder or Path()) / Path(name).expanduser()
+    path = Path(name)
     try:
+        path = (folder or Path()) / path.expanduser()
         if name.lower() in packaged and not path.is_file():
             entry = resources.files("kvdock_bench") / "configs" / f"{packaged[name.lower()]}.yaml"
             return _Source(entry.name, entry.read_text("utf-8"), None)
@@ -141,7 +144,7 @@ def _find(name: str, folder: Path | None = None) -> _Source:
             raise BenchError(f"{path}: larger than 1 MiB; that is no config file.")
         origin = Path(os.path.normpath(path))
         return _Source(str(origin), path.read_text("utf-8"), origin.parent)
-    except (OSError, UnicodeDecodeError, ValueError) as err:
+    except (OSError, RuntimeError, ValueError) as err:
         hint = did_you_mean(path.stem, packaged.values())
         raise BenchError(
             f"No config {name!r}: neither a packaged one nor a readable file ({err}).{hint}"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import json
 import os
 import re
 import time
@@ -14,6 +13,7 @@ from typing import Any
 
 from kvdock_bench.atomic import write_text
 from kvdock_bench.errors import BenchError
+from kvdock_bench.plain_json import read_json
 
 _TAG = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,119}")
 RUN_FILE = "run.json"
@@ -83,7 +83,7 @@ def read_run(folder: Path) -> dict[str, Any]:
     """Return the run's metadata."""
     path = folder / RUN_FILE
     try:
-        content = json.loads(path.read_text("utf-8"))
+        content = read_json(path.read_text("utf-8"))
     except FileNotFoundError:
         raise BenchError(f"{folder} is no run folder: it has no {RUN_FILE}.") from None
     except (OSError, ValueError) as error:

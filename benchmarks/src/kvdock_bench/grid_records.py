@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import json
 import re
 import zlib
 from pathlib import Path
@@ -13,6 +12,7 @@ from kvdock_bench.config import make_config
 from kvdock_bench.errors import BenchError
 from kvdock_bench.fingerprint import short_hash
 from kvdock_bench.methods import MethodConfig
+from kvdock_bench.plain_json import read_json
 from kvdock_bench.record import Record
 from kvdock_bench.sources import load_data
 
@@ -37,7 +37,7 @@ def read_grid(
         with gzip.open(path, "rt", encoding="utf-8") as file:
             for number, text in enumerate(file, start=1):
                 try:
-                    line = json.loads(text)
+                    line = read_json(text)
                     name = line["method"], line["budget"]
                     if name not in found:
                         found[name] = _method(line)

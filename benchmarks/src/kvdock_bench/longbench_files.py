@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import zipfile
 from pathlib import Path
 from typing import Any
 
 from kvdock_bench.errors import BenchError
+from kvdock_bench.plain_json import read_json
 
 _HUB = "zai-org/LongBench"
 _KINDS = {"input": str, "context": str, "answers": list}
@@ -88,7 +88,7 @@ def _download(task: str) -> bytes:
 
 def _row(line: str, place: str) -> dict[str, Any]:
     try:
-        row = json.loads(line)
+        row = read_json(line)
     except ValueError as error:
         raise BenchError(f"{place}: not JSON ({error}).") from error
     if not isinstance(row, dict):

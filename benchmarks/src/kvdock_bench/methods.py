@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +13,7 @@ from kvdock.method import Method, canonical
 from kvdock.registry import Host, default_host
 from kvdock_bench.errors import BenchError, did_you_mean
 from kvdock_bench.fingerprint import short_hash
+from kvdock_bench.plain_json import read_json
 
 Settings = dict[str, dict[str, Any]]
 
@@ -141,7 +141,7 @@ def _value(text: str) -> Any:
     if "," in text:
         return [_value(part.strip()) for part in text.split(",") if part.strip()]
     try:
-        value = json.loads(text)
+        value = read_json(text)
     except ValueError:
         return text
     return text if isinstance(value, (dict, list)) else value

@@ -160,7 +160,7 @@ def _gpus(names: Sequence[str], visible: int, per_model: int) -> tuple[int, ...]
         if not name.isdecimal():
             alone = " It stands alone." if name == "cpu" else ""
             raise BenchError(f"--device is {name!r}, expected cpu or the index of a GPU.{alone}")
-        if int(name) >= visible:
+        if len(name) > 9 or int(name) >= visible:
             raise BenchError(
                 f"--device {name}: torch sees {_count(visible)}. Name one of them, or cpu."
             )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any, Protocol
 
 from kvdock_bench.errors import BenchError
 from kvdock_bench.people import Question
+from kvdock_bench.plain_json import read_json
 from kvdock_bench.tasks.base import SampleKey
 
 
@@ -130,7 +130,7 @@ def _load(source: str) -> tuple[Path, Any, bytes]:
     path = Path(source.removeprefix("file:")).expanduser()
     try:
         raw = path.read_bytes()
-        return path, json.loads(raw), raw
+        return path, read_json(raw), raw
     except (OSError, ValueError) as err:
         raise BenchError(f"data.qa: cannot read {str(path)!r} as json ({err}).") from err
 

@@ -6,6 +6,8 @@ import json
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+from kvdock_bench.plain_json import read_json
+
 OOM = "oom"
 UNFIT = "does not fit"
 
@@ -93,7 +95,7 @@ class Record:
     @classmethod
     def from_line(cls, line: bytes) -> Record:
         """Read a line; raises ValueError when it is not a record."""
-        content = json.loads(line)
+        content = read_json(line)
         if not isinstance(content, dict):
             raise ValueError("not a JSON object")
         try:

@@ -89,7 +89,7 @@ def describe_run(
         # what the rest of the report reads without asking
         _ = config["benchmark_name"], config["seed"], info["model"]["fingerprint"]
         _ = info["model"]["name"], info["versions"], info["hardware"], info["identity"]["template"]
-    except (KeyError, TypeError, ValueError) as error:
+    except (LookupError, AttributeError, TypeError, ValueError) as error:
         raise BenchError(
             f"{folder / RUN_FILE} does not describe a run of this version ({error!r})."
         ) from error

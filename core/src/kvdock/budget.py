@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import overload
 
-from kvdock.errors import BudgetError
+from kvdock.errors import BudgetError, shown
 
 FORMS = (
     "2048 or '2048tok' (slots per layer and KV head), '25%' (of the prompt), "
@@ -19,6 +19,7 @@ _BYTES = {
     "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40,
     "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12,
 }  # fmt: skip
+_LARGEST = 2**63 - 1
 _TOKENS = ("", "tok", "token", "tokens")
 _SPELLING = {"TiB": 2**40, "GiB": 2**30, "MiB": 2**20, "KiB": 2**10, "B": 1}
 
@@ -51,6 +52,8 @@ class Budget:
         if isinstance(value, int):
             if value < 1:
                 raise _refusal(value, "it must be at least 1 slot")
+            if value > _LARGEST:
+                raise _refusal(value, "no cache is that large")
             return cls("tokens", Fraction(value))
         return cls._read(value)
 
@@ -63,6 +66,8 @@ class Budget:
         if unit in _TOKENS:
             if amount < 1 or amount.denominator != 1:
                 raise _refusal(text, "slots are whole and at least 1")
+            if amount > _LARGEST:
+                raise _refusal(text, "no cache is that large")
             return cls("tokens", amount)
         if unit == "%":
             if not 0 < amount <= 100:
@@ -72,6 +77,8 @@ class Budget:
             size = amount * _BYTES[unit]
             if size < 1:
                 raise _refusal(text, "it is less than one byte")
+            if size > _LARGEST:
+                raise _refusal(text, "no cache is that large")
             return cls("bytes", Fraction(int(size)))
         raise _refusal(text, f"the unit {match[2]!r} is unknown")
 
@@ -110,4 +117,4 @@ def _decimal(value: Fraction) -> str:
 
 
 def _refusal(value: object, reason: str) -> BudgetError:
-    return BudgetError(f"budget {value!r}: {reason}. Accepted: {FORMS}.")
+    return BudgetError(f"budget {shown(value)}: {reason}. Accepted: {FORMS}.")

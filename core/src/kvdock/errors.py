@@ -37,3 +37,11 @@ class CompositionError(KVDockError):
 
 class AccountingError(KVDockError):
     """Report held memory that differs from what the method's own formula predicts."""
+
+
+def shown(value: object) -> str:
+    """Return a value as an error quotes it: its repr, if Python can write it."""
+    try:
+        return repr(value)
+    except (ValueError, RecursionError):  # Python writes no number of more than 4300 digits
+        return f"<a {type(value).__name__} too large to write>"

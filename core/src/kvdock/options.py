@@ -10,7 +10,7 @@ import typing
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar, Union
 
-from kvdock.errors import OptionError
+from kvdock.errors import OptionError, shown
 
 _KEY = "kvdock.option"
 _SCALARS = (bool, int, float, str)
@@ -135,7 +135,7 @@ def _unknown(name: str, known: list[str]) -> str:
     near = difflib.get_close_matches(str(name), known, n=1)
     guess = f" Did you mean {near[0]!r}?" if near else ""
     listing = f"Known options: {', '.join(known)}." if known else "This method has no options."
-    return f"unknown option {name!r}.{guess} {listing}"
+    return f"unknown option {shown(name)}.{guess} {listing}"
 
 
 def _checked(name: str, value: Any, hint: Any, rule: _Rule) -> Any:
@@ -167,13 +167,22 @@ def _scalar(name: str, value: Any, accepted: tuple[Any, ...], rule: _Rule) -> An
     scalars = [hint for hint in accepted if hint in _SCALARS]
     # bool is an int to Python but never what is meant by a number here
     if float in scalars and type(value) is int and int not in scalars:
-        value = float(value)
+        value = _as_float(value)
     fits = not scalars or type(value) in scalars
     if isinstance(value, float) and not math.isfinite(value):
         fits = False
     if not fits or not rule.allows(value):
-        raise OptionError(f"option {name!r} is {value!r}, expected {_expected(scalars, rule)}.")
+        raise OptionError(
+            f"option {name!r} is {shown(value)}, expected {_expected(scalars, rule)}."
+        )
     return value
+
+
+def _as_float(value: int) -> float:
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
 
 
 def _expected(scalars: list[type], rule: _Rule) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from kvdock_bench.errors import BenchError
+from kvdock_bench.plain_json import read_json
 from kvdock_bench.scoring import check_metric
 from kvdock_bench.tasks.base import Args, Sample, SampleKey, check_args
 
@@ -71,12 +72,13 @@ class JsonlTask:
 
 
 def _rows(path: str) -> tuple[list[dict[str, Any]], str]:
-    file = Path(path).expanduser()
     try:
+        file = Path(path).expanduser()
         state = file.stat()
         return _parsed(file, state.st_mtime_ns, state.st_size)
-    except OSError as error:
-        raise BenchError(f"jsonl: cannot read {path!r} ({error.strerror or error}).") from error
+    except (OSError, ValueError, RuntimeError) as error:  # a NUL byte, the home of nobody
+        reason = getattr(error, "strerror", None) or error
+        raise BenchError(f"jsonl: cannot read {path!r} ({reason}).") from error
 
 
 @lru_cache(maxsize=16)
@@ -95,7 +97,9 @@ def _parsed(path: Path, _time: int, _size: int) -> tuple[list[dict[str, Any]], s
 
 
 def _row(line: bytes) -> dict[str, Any]:
-    content = json.loads(line.decode("utf-8"))
+    content = read_json(line.decode("utf-8"))
+    # no tokenizer takes half a character; the ValueError of it names the place
+    json.dumps(content, ensure_ascii=False).encode()
     if not isinstance(content, dict):
         raise ValueError(f"expected a JSON object, found {type(content).__name__}.")
     for name in _TEXTS:

@@ -1,0 +1,231 @@
+"""Whatever the readers are given: a result or the documented error, and no file left behind.
+
+KVDOCK_FUZZ sets the cases per reader.
+"""
+
+import contextlib
+import json
+import os
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from kvdock.budget import Budget
+from kvdock.errors import KVDockError
+from kvdock.options import build, describe
+from kvdock.registry import default_host
+from kvdock_bench.config import load_config
+from kvdock_bench.errors import BenchError
+from kvdock_bench.folder import read_run
+from kvdock_bench.methods import parse_methods, parse_settings
+from kvdock_bench.placement import parse_placement
+from kvdock_bench.plain_json import read_json
+from kvdock_bench.records import RecordStore
+from kvdock_bench.runs import load_run
+from kvdock_bench.tasks.jsonl import _parsed
+
+pytestmark = pytest.mark.versionless
+CASES = int(os.environ.get("KVDOCK_FUZZ", "20"))
+fuzz = settings(
+    max_examples=CASES,
+    deadline=None,
+    database=None,
+    suppress_health_check=list(HealthCheck),
+)
+METHODS = sorted(default_host().available())
+
+ODD_TEXTS = st.sampled_from(
+    ["", "\0", "../x", "/etc/passwd", "1e400", "nan", "-inf", "9" * 5000, "[" * 5000, "~nobody/x"]
+)
+texts = st.text(max_size=30) | ODD_TEXTS | st.text("0123456789.,%-+ekKMGiBtok/:[]{}", max_size=12)
+scalars = (
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.sampled_from([10**30, -(10**30), 10**400])
+    | st.floats()
+    | texts
+)
+# neither Python nor hypothesis writes numbers of more than 4300 digits
+huge = st.sampled_from([1, -1]).map(lambda sign: sign * 10**5000)
+values = (
+    scalars | huge | st.lists(scalars, max_size=3) | st.dictionaries(st.text(max_size=3), scalars)
+)
+trees = st.recursive(
+    scalars,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(texts, inner, max_size=3),
+    max_leaves=8,
+)
+
+
+def listing(folder: Path) -> dict[str, bytes | None]:
+    return {str(path): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+
+
+def untouched(folder: Path, call, error=BenchError) -> None:
+    before = listing(folder)
+    with contextlib.suppress(error):
+        call()
+    assert listing(folder) == before
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_options(method):
+    options = default_host().load(method).options_type()
+    names = st.sampled_from([row.name for row in describe(options)] or ["x"])
+
+    @fuzz
+    @given(st.dictionaries(names | texts, values, max_size=3))
+    def check(given):
+        with contextlib.suppress(KVDockError):
+            build(options, given)
+
+    check()
+
+
+@fuzz
+@given(values)
+def test_budgets(value):
+    with contextlib.suppress(KVDockError):
+        budget = Budget.parse(value)
+        assert budget is None or str(budget)
+
+
+@fuzz
+@given(st.lists(texts | texts.map(lambda t: f"snapkv.window={t}"), max_size=3))
+def test_settings(given):
+    with contextlib.suppress(KVDockError):
+        parse_settings(given, {"snapkv"})
+        parse_methods(["snapkv"], [], given)
+
+
+@fuzz
+@given(st.lists(texts, max_size=3), st.none() | texts, st.integers(0, 9), st.none() | st.integers())
+def test_devices(devices, gp_num, visible, workers):
+    with contextlib.suppress(BenchError):
+        parse_placement(devices, gp_num, workers=workers, visible=visible)
+
+
+TAGS = ("!!bool x", "!!timestamp x", "!!int x", "!!float x", "2001-13-45", "!!python/object:os.x")
+KEYS = st.sampled_from(
+    ["task_names", "length", "num_samples", "generation", "data", "task_args", "jsonl", "extends",
+     "max_length", "batch_size", "seed", "template", "benchmark_name"]
+)  # fmt: skip
+configs = (
+    st.binary(max_size=60)
+    | st.text(max_size=60).map(lambda text: text.encode("utf-8", "surrogatepass"))
+    | st.text(":-[]{}&*!|>#'\"? \nab1~", max_size=60).map(str.encode)
+    | st.builds(lambda key, tag: f"{key}: {tag}".encode(), KEYS, st.sampled_from(TAGS) | ODD_TEXTS)
+    | st.dictionaries(KEYS, trees, max_size=3).map(lambda tree: yaml.safe_dump(tree).encode())
+)
+
+
+@fuzz
+@given(content=configs)
+def test_yaml_configs(tmp_path, content):
+    path = tmp_path / "config.yaml"
+    path.write_bytes(content)
+    untouched(tmp_path, lambda: load_config(path))
+
+
+lines = (
+    st.binary(max_size=60)
+    | trees.map(lambda tree: json.dumps(tree).encode())
+    | st.builds(
+        lambda prompt, references, more: json.dumps(
+            {"prompt": prompt, "references": references, **more}
+        ).encode(),
+        values.filter(lambda value: _writable(value)),
+        trees,
+        st.dictionaries(st.sampled_from(["metric", "context", "question"]), trees, max_size=1),
+    )
+    | st.sampled_from([b"[" * 100_000, b'{"a":' * 50_000, b"1" * 5000, b'"\\ud800"', b"\0" * 9])
+)
+
+
+def _writable(value) -> bool:
+    try:
+        json.dumps(value)
+    except ValueError:
+        return False
+    return True
+
+
+@fuzz
+@given(content=st.lists(lines, max_size=3).map(b"\n".join))
+def test_jsonl_tasks(tmp_path, content):
+    path = tmp_path / "task.jsonl"
+    path.write_bytes(content)
+    _parsed.cache_clear()
+    untouched(tmp_path, lambda: _parsed(path, 0, 0))
+
+
+GOOD = {
+    "method_id": "full", "task": "t", "length": 1, "prediction": "x", "score": 1.0,
+    "timings": None, "memory": None,
+}  # fmt: skip
+records = lines | st.dictionaries(st.sampled_from(sorted(GOOD)) | texts, trees, max_size=3).map(
+    lambda change: json.dumps({**GOOD, **change}).encode()
+)
+
+
+@fuzz
+@given(content=st.lists(records, max_size=3).map(lambda found: b"\n".join([*found, b""])))
+def test_records(tmp_path, content):
+    path = tmp_path / "pred" / "full" / "t_1.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+    untouched(tmp_path, lambda: RecordStore(tmp_path).load(repair=True))
+
+
+INFO = {
+    "config": {
+        "task_names": ["t"], "length": [1], "num_samples": 1, "benchmark_name": "b", "seed": 1,
+    },
+    "methods": [
+        {"method_id": "full", "label": "Full", "methods": [], "budget": None, "options": {}}
+    ],
+    "model": {"fingerprint": "f", "name": "n"}, "counts": {"t": 1}, "versions": {},
+    "hardware": {}, "identity": {"template": "none"},
+}  # fmt: skip
+
+
+@st.composite
+def infos(draw) -> bytes:
+    """Draw a run.json, one of whose values is something else."""
+    info = json.loads(json.dumps(INFO))
+    place, key = info, draw(st.sampled_from(sorted(info)))
+    while draw(st.booleans()) and isinstance(place[key], (dict, list)) and place[key]:
+        place = place[key]
+        key = draw(st.sampled_from(range(len(place)) if isinstance(place, list) else [*place]))
+    place[key] = draw(trees)
+    return json.dumps(info).encode()
+
+
+@fuzz
+@given(content=lines | infos())
+def test_report_reader(tmp_path, content):
+    (tmp_path / "run.json").write_bytes(content)
+    untouched(tmp_path, lambda: read_run(tmp_path))
+    untouched(tmp_path, lambda: load_run(tmp_path))
+
+
+def test_numbers_without_end_are_refused_by_name():
+    for text in ("1e400", "NaN", "[" * 100_000, "9" * 5000):
+        with pytest.raises(ValueError):
+            read_json(text)
+    for value in (10**30, 10**5000, -(10**5000), "9" * 30):
+        with pytest.raises(KVDockError, match="Accepted"):
+            Budget.parse(value)
+    with pytest.raises(BenchError, match="torch sees 2 GPUs"):
+        parse_placement(["9" * 5000], visible=2)
+
+
+@pytest.mark.parametrize("value", TAGS)
+def test_yaml_values_that_trip_pyyaml_are_bench_errors(tmp_path, value):
+    (tmp_path / "config.yaml").write_text(f"seed: {value}")
+    with pytest.raises(BenchError, match="not plain YAML"):
+        load_config(tmp_path / "config.yaml")
