@@ -48,6 +48,29 @@ def test_a_refusal_shows_the_value_and_the_accepted_forms(wrong):
         assert form in message
 
 
+LARGEST = 2**63 - 1
+
+
+@pytest.mark.parametrize("text", [LARGEST, f"{LARGEST}", f"{LARGEST}tok", f"{LARGEST}B"])
+def test_the_largest_budget_is_accepted_and_comes_back(text):
+    budget = Budget.parse(text)
+    assert budget.amount == LARGEST
+    assert Budget.parse(str(budget)) == budget
+
+
+@pytest.mark.parametrize(
+    "value", [LARGEST + 1, f"{LARGEST + 1}", f"{LARGEST + 1}tok", f"{LARGEST + 1}B", "8388608TiB"]
+)
+def test_more_than_the_largest_budget_is_refused(value):
+    with pytest.raises(BudgetError, match=r"no cache is that large\. Accepted: 2048 or"):
+        Budget.parse(value)
+
+
+def test_a_number_too_long_to_write_is_refused_all_the_same():
+    with pytest.raises(BudgetError, match="budget <a int too large to write>: no cache"):
+        Budget.parse(10**5000)
+
+
 def test_an_unknown_unit_is_named():
     with pytest.raises(BudgetError, match="unit 'parsecs' is unknown"):
         Budget.parse("12parsecs")

@@ -10,7 +10,11 @@ from typing import Any
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace a file by one that holds this text."""
+    r"""Replace a file by one that holds this text.
+
+    Half a surrogate pair, which UTF-8 lacks and a model may answer, is written as `\ud800`: JSON
+    reads that as the same character again, and in a report it is for people to see.
+    """
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     temporary = Path(name)
     try:

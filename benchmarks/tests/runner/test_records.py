@@ -4,7 +4,9 @@ import os
 
 import pytest
 
+from kvdock_bench.atomic import write_json
 from kvdock_bench.errors import BenchError
+from kvdock_bench.folder import read_run
 from kvdock_bench.record import OOM, UNFIT, MemoryUse, Record, Timings
 from kvdock_bench.records import RecordStore, read_records
 
@@ -53,6 +55,32 @@ def test_a_record_is_one_line_and_comes_back_equal(store):
     content = path_of(store).read_bytes()
     assert content.count(b"\n") == 3
     assert list(read_records(path_of(store))) == [make(f"k{i}", index=i) for i in range(3)]
+
+
+@pytest.mark.parametrize("score", [float("nan"), float("inf")])
+def test_a_number_that_json_lacks_is_neither_written_nor_read(store, tmp_path, score):
+    path = path_of(store)
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        store.append(CELL, make("k9", score=score))
+    assert path.read_bytes() == before
+    lines = before.splitlines(keepends=True)
+    assert b'"score":0.5' in lines[1]
+    word = json.dumps(score).encode()
+    path.write_bytes(lines[0] + lines[1].replace(b'"score":0.5', b'"score":' + word))
+    with pytest.raises(
+        BenchError, match=rf"task_640\.jsonl, line 2 is damaged: {word.decode()} is"
+    ):
+        RecordStore(tmp_path).load(repair=True)
+
+
+def test_half_a_character_comes_back_from_a_json_file(tmp_path):
+    path = tmp_path / "run.json"
+    content = {"command": "--template \ud800", "whole": "\U0001f600"}
+    write_json(path, content)
+    assert read_run(tmp_path) == content
+    assert path.read_bytes().isascii() is False
+    assert rb"\ud800" in path.read_bytes()
 
 
 def test_every_cut_loses_only_the_cut_line(store, tmp_path):

@@ -91,7 +91,7 @@ def test_options(method):
 def test_budgets(value):
     with contextlib.suppress(KVDockError):
         budget = Budget.parse(value)
-        assert budget is None or str(budget)
+        assert budget is None or Budget.parse(str(budget)) == budget
 
 
 @fuzz
