@@ -10,24 +10,28 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 
 import kvdock
 from kvdock_bench import metadata, models
-from kvdock_bench.adapter import check_adapter
 from kvdock_bench.arguments import Arguments
 from kvdock_bench.atomic import write_json
-from kvdock_bench.config import BenchConfig, load_config, override
+from kvdock_bench.config import BenchConfig
 from kvdock_bench.context import check_lengths
 from kvdock_bench.crew import Crew, crew_of
 from kvdock_bench.dry_run import budget_warnings, show_plan
-from kvdock_bench.errors import BenchError, did_you_mean
+from kvdock_bench.errors import BenchError
 from kvdock_bench.folder import RUN_FILE, check_tag, default_tag, locked, open_run, read_run
-from kvdock_bench.methods import VLLM, MethodConfig, parse_methods
 from kvdock_bench.oom import release
-from kvdock_bench.placement import Placement, parse_placement
+from kvdock_bench.placement import Placement
 from kvdock_bench.plan import SCHEMA_VERSION, Cell, Plan, make_plan, record_key
+from kvdock_bench.preflight import (
+    check_dtypes,
+    choose_placement,
+    effective_config,
+    find_engine,
+    parse_columns,
+)
 from kvdock_bench.progress import progress
 from kvdock_bench.records import RecordStore
 from kvdock_bench.results import config_of, make_console, make_results
@@ -35,12 +39,9 @@ from kvdock_bench.run import Attach
 from kvdock_bench.runs import methods_of
 from kvdock_bench.sources import load_data
 from kvdock_bench.vllm.crew import served_crew
-from kvdock_bench.vllm.locate import find_python
-from kvdock_bench.vllm.serve import Engine
 from kvdock_bench.worker import Setup
 
 DONE, FAILED, INTERRUPTED = 0, 1, 130
-SERVERS = ("transformers", "vllm")
 
 
 def bench(arguments: Arguments, *, attach: Attach = kvdock.attach) -> int:
@@ -49,16 +50,16 @@ def bench(arguments: Arguments, *, attach: Attach = kvdock.attach) -> int:
     config = effective_config(arguments)
     columns = parse_columns(arguments)
     methods = [method for part in columns.values() for method in part]
-    placement = _placement(arguments)
+    placement = choose_placement(arguments)
     dtype = models.parse_dtype(arguments.torch_dtype, "cpu" if placement.cpu else "cuda")
-    _check_dtypes(methods, dtype)
+    check_dtypes(methods, dtype)
     data = load_data(config.data)
     if arguments.dry_run:
         check_lengths(config, models.peek_context(arguments.model_path))
         plan = make_plan(config, methods, data)
         show_plan(console, plan, models.peek_shape(arguments.model_path), dtype)
         return DONE
-    engine = _engine(arguments)
+    engine = find_engine(arguments)
     tag = check_tag(arguments.save_tag or _default_tag(arguments, config))
     folder = open_run(
         arguments.output_dir, tag, resume=arguments.resume, overwrite=arguments.overwrite
@@ -91,93 +92,6 @@ def bench(arguments: Arguments, *, attach: Attach = kvdock.attach) -> int:
             if code == INTERRUPTED:
                 break
     return code
-
-
-def parse_columns(arguments: Arguments) -> dict[str, list[MethodConfig]]:
-    """Return the table's columns by the server that answers for them, transformers first."""
-    servers = set(arguments.server)
-    if unknown := sorted(servers - set(SERVERS)):
-        raise BenchError(f"--server {unknown[0]} is unknown.{did_you_mean(unknown[0], SERVERS)}")
-    for name in ("vllm_python", "max_model_len", "gpu_memory_utilization"):
-        if "vllm" not in servers and getattr(arguments, name) is not None:
-            raise BenchError(f"--{name} is for vLLM. Add --server vllm, or leave it out.")
-    columns = {}
-    if "transformers" in servers:
-        columns["transformers"] = parse_methods(
-            arguments.acceleration, arguments.budget, arguments.settings
-        )
-    elif arguments.acceleration:
-        raise BenchError(
-            f"--acceleration {' '.join(arguments.acceleration)} needs transformers, vLLM runs no "
-            "method of kvdock. Write --server transformers vllm for both in one table."
-        )
-    if "vllm" in servers:
-        columns["vllm"] = [VLLM]
-    return columns
-
-
-def _engine(arguments: Arguments) -> Engine | None:
-    """Find vLLM before anything slow happens."""
-    if "vllm" not in arguments.server:
-        return None
-    python = find_python(arguments.vllm_python)
-    return Engine(python, arguments.max_model_len, arguments.gpu_memory_utilization)
-
-
-def effective_config(arguments: Arguments) -> BenchConfig:
-    """Return the config with the command line's changes, checked as a whole."""
-    config = load_config(arguments.cfg_path)
-    changes: dict[str, Any] = {}
-    if arguments.limit is not None:
-        changes["num_samples"] = min(arguments.limit, config.num_samples)
-    if arguments.batch_size is not None:
-        text = arguments.batch_size
-        changes["batch_size"] = int(text) if text.isdecimal() else text
-    if arguments.max_length is not None:
-        changes["max_length"] = arguments.max_length
-    if arguments.template is not None:
-        raw = arguments.template.lower() in ("none", "null", "raw")
-        changes["template"] = None if raw else arguments.template
-    return override(config, **changes) if changes else config
-
-
-def _placement(arguments: Arguments) -> Placement:
-    """Check where the models go, and the flags that depend on it, before anything slow happens."""
-    placement = parse_placement(
-        arguments.device,
-        arguments.gp_num,
-        parallel=arguments.parallel,
-        workers=arguments.workers,
-        ray_address=arguments.ray_address,
-        visible=torch.cuda.device_count(),
-    )
-    if arguments.time_limit is not None and arguments.time_limit <= 0:
-        raise BenchError(f"--time_limit {arguments.time_limit:g}: expected seconds above 0.")
-    if arguments.adapter_path is not None:
-        check_adapter(arguments.adapter_path)
-        if placement.processes > 1:
-            raise BenchError(
-                "--adapter_path: an adapter is merged into whole weights, which --parallel tp"
-                " splits. Use --parallel map, or merge it beforehand."
-            )
-    if "vllm" in arguments.server:
-        _check_served(arguments, placement)
-    if placement.several_processes:
-        # fetches and converts the embedded model once, before the workers look for it
-        models.locate(arguments.model_path)
-    return placement
-
-
-def _check_served(arguments: Arguments, placement: Placement) -> None:
-    """Refuse for vLLM what only the models of this package can do."""
-    if placement.several_processes or len(placement.devices(0)) > 1:
-        raise BenchError(
-            "--server vllm runs on one device. Run it alone on one, with --resume into the folder"
-            " of the others."
-        )
-    for name in ("adapter_path", "time_limit"):
-        if getattr(arguments, name) is not None:
-            raise BenchError(f"--{name} is for --server transformers alone.")
 
 
 @dataclass(slots=True)
@@ -297,15 +211,6 @@ class _Session:
 
 def _default_tag(arguments: Arguments, config: BenchConfig) -> str:
     return default_tag(models.short_name(arguments.model_path), config.benchmark_name)
-
-
-def _check_dtypes(methods: list[MethodConfig], dtype: str) -> None:
-    for method in methods:
-        if method.ids and dtype not in method.dtypes:
-            raise BenchError(
-                f"{method.label} does not support --torch_dtype {dtype}, only "
-                f"{', '.join(method.dtypes) or 'none'}."
-            )
 
 
 def _check_same(earlier: dict[str, Any], identity: dict[str, Any], config: BenchConfig) -> None:
