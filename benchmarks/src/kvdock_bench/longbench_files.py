@@ -1,8 +1,9 @@
-"""LongBench's rows: `TASK.jsonl` files of a folder, or of the archive on the hub."""
+"""LongBench's rows: `TASK.jsonl` files of a folder, or of a pinned archive on the hub."""
 
 from __future__ import annotations
 
 import hashlib
+import re
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from kvdock_bench.errors import BenchError
 from kvdock_bench.plain_json import read_json
 
 _HUB = "zai-org/LongBench"
+_PINNED = re.compile(r"hub@[0-9a-f]{40}")
 _KINDS = {"input": str, "context": str, "answers": list}
 
 
@@ -18,23 +20,27 @@ class LongBenchFiles:
     """Read files when a task first needs them.
 
     Args:
-        source: "hub" downloads the archive, once; "file:FOLDER" reads a local folder.
+        source: "hub@COMMIT" downloads the archive of a commit, once; "file:FOLDER" reads a folder.
     """
 
     def __init__(self, source: str | None) -> None:
         if source is None:
             raise BenchError(
                 "LongBench's texts do not come with the package. Set data.longbench to "
-                "'file:FOLDER', a folder with hotpotqa.jsonl and the others, or to 'hub' to "
-                f"download {_HUB}."
+                f"'file:FOLDER', a folder with hotpotqa.jsonl and the others, or to 'hub@COMMIT' to"
+                f" download {_HUB} as it was at a commit."
             )
-        self._folder = None if source == "hub" else Path(source.removeprefix("file:")).expanduser()
+        on_hub = source.startswith("hub@")
+        self._commit = source.removeprefix("hub@") if on_hub else None
+        self._folder = None if on_hub else Path(source.removeprefix("file:")).expanduser()
         self._read: dict[str, tuple[list[dict[str, Any]], str]] = {}
 
     @property
     def label(self) -> str:
         """Return the data source for the tables."""
-        return f"hub: {_HUB}" if self._folder is None else f"user folder: {self._folder.name}"
+        if self._folder is None:
+            return f"hub: {_HUB} at {self._commit}"
+        return f"user folder: {self._folder.name}"
 
     def rows(self, task: str) -> list[dict[str, Any]]:
         """Return the rows of a task."""
@@ -47,7 +53,10 @@ class LongBenchFiles:
     def _load(self, task: str) -> tuple[list[dict[str, Any]], str]:
         if task not in self._read:
             origin, raw = self._bytes(task)
-            lines = raw.decode("utf-8").split("\n")
+            try:
+                lines = raw.decode("utf-8").split("\n")
+            except UnicodeDecodeError as error:
+                raise BenchError(f"{origin}: not UTF-8 ({error}).") from error
             rows = [
                 _row(line, f"{origin}, line {number}")
                 for number, line in enumerate(lines, 1)
@@ -60,7 +69,7 @@ class LongBenchFiles:
 
     def _bytes(self, task: str) -> tuple[str, bytes]:
         if self._folder is None:
-            return f"{_HUB}, {task}.jsonl", _download(task)
+            return f"{_HUB}, {task}.jsonl", _download(task, self._commit)
         path = self._folder / f"{task}.jsonl"
         try:
             return str(path), path.read_bytes()
@@ -71,16 +80,26 @@ class LongBenchFiles:
             ) from error
 
 
-def _download(task: str) -> bytes:
+def check_source(value: str) -> str:
+    """Return a value of `data.longbench`; a download has to name its commit."""
+    if (value.startswith("file:") and len(value) > len("file:")) or _PINNED.fullmatch(value):
+        return value
+    raise ValueError(
+        "expected 'file:FOLDER', or 'hub@' and the 40 hexadecimal digits of a commit, so that every"
+        f" run downloads the same; huggingface.co/datasets/{_HUB}/commits/main lists them"
+    )
+
+
+def _download(task: str, commit: str | None) -> bytes:
     from huggingface_hub import hf_hub_download
 
     try:
-        archive = hf_hub_download(_HUB, "data.zip", repo_type="dataset")
+        archive = hf_hub_download(_HUB, "data.zip", repo_type="dataset", revision=commit)
         with zipfile.ZipFile(archive) as packed:
             return packed.read(f"data/{task}.jsonl")
     except Exception as error:
         raise BenchError(
-            f"data.longbench: cannot get {task}.jsonl of {_HUB} from the hub "
+            f"data.longbench: cannot get {task}.jsonl of {_HUB} at {commit} from the hub "
             f"({type(error).__name__}: {error!s:.200}). Download data.zip of that data set "
             "yourself, unpack it and set data.longbench to 'file:FOLDER'."
         ) from error

@@ -20,6 +20,7 @@ from pydantic import (
     model_validator,
 )
 
+from kvdock_bench.longbench_files import check_source
 from kvdock_bench.scoring import check_metric
 from kvdock_bench.tasks import OWN_LENGTH, Suite, Task, get_suite, suite_names
 from kvdock_bench.tasks.jsonl import JsonlTask
@@ -80,15 +81,15 @@ class Generation(_Section):
 class DataSources(_Section):
     """Where texts come from; `qa` takes one file or several (SQuAD v2 and HotpotQA json).
 
-    `longbench` is a folder of the task's files, or "hub". `compat: ruler` makes RULER's prompts as
-    its own scripts do.
+    `longbench` is a folder of the task's files, or "hub@COMMIT". `compat: ruler` makes RULER's
+    prompts as its own scripts do.
     """
 
     haystack: Annotated[str, _source("austen")] = "austen"
     qa: Annotated[tuple[Annotated[str, _source("synthetic")], ...], BeforeValidator(_as_list)] = (
         "synthetic",
     )
-    longbench: Annotated[str, _source("hub")] | None = None
+    longbench: Annotated[str, AfterValidator(check_source)] | None = None
     compat: Literal["native", "ruler"] = "native"
 
 

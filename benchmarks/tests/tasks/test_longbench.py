@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from kvdock_bench.sources import load_data
 from kvdock_bench.tasks import OWN_LENGTH, get_suite
 
 TASKS = get_suite("LongBench").tasks
+TASKS_BY_NAME = {task.name: task for task in TASKS}
 LONG = "one two three four five six seven eight nine ten " * 12
 
 
@@ -115,6 +117,38 @@ def test_broken_files_are_named(tmp_path, text: str | None, message: str):
     config = make_config(keys, "test")
     with pytest.raises(BenchError, match="Set data.longbench to 'file:FOLDER'"):
         make_plan(config, [FULL_CACHE], load_data(config.data))
+
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.mark.parametrize("source", ["hub", "hub@main", f"hub@{COMMIT[:7]}", f"hub@{COMMIT}0", "x"])
+def test_a_download_has_to_name_its_commit(source: str):
+    keys = {"benchmark_name": "LongBench", "task_names": ["qasper"]}
+    with pytest.raises(BenchError, match="longbench: expected 'file:FOLDER', or 'hub@' and"):
+        make_config({**keys, "data": {"longbench": source}}, "test")
+
+
+def test_the_archive_of_that_commit_is_read(tmp_path, monkeypatch):
+    asked = []
+
+    def download(name, file, **given):
+        asked.append((name, file, given))
+        with zipfile.ZipFile(tmp_path / "data.zip", "w") as packed:
+            packed.writestr("data/qasper.jsonl", json.dumps(row()) + "\n")
+        return str(tmp_path / "data.zip")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    keys = {"benchmark_name": "LongBench", "task_names": ["qasper", "triviaqa"]}
+    config = make_config({**keys, "data": {"longbench": f"hub@{COMMIT}"}}, "test")
+    data = load_data(config.data)
+    described = data.describe([TASKS_BY_NAME["qasper"]])
+    assert described["tasks"]["qasper"] == f"hub: zai-org/LongBench at {COMMIT}"
+    assert len(described["sha256"]["qasper"]) == 64
+    given = {"repo_type": "dataset", "revision": COMMIT}
+    assert asked == [("zai-org/LongBench", "data.zip", given)]
+    with pytest.raises(BenchError, match=rf"cannot get triviaqa.jsonl of \S+ at {COMMIT}"):
+        data.longbench.rows("triviaqa")
 
 
 PACKAGES = {"rouge": ("rouge_l", "rouge_l_zh"), "jieba": ("rouge_l_zh", "qa_f1_zh")}
