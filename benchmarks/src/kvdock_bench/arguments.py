@@ -37,4 +37,5 @@ class Arguments:
     output_dir: Path = Path("runs")
     adapter_path: str | None = None
     time_limit: float | None = None
+    trust_remote_code: bool = False
     command: tuple[str, ...] = ()

@@ -131,6 +131,10 @@ def bench(
     time_limit: Annotated[
         float | None, typer.Option("--time_limit", help="Seconds that one answer may take.")
     ] = None,
+    trust_remote_code: Annotated[
+        bool,
+        typer.Option("--trust_remote_code", help="Run Python code that the model brings with it."),
+    ] = False,
 ) -> None:
     """Measure accuracy, time and memory of methods against the full cache."""
     from kvdock_bench.session import bench as run_bench
@@ -146,6 +150,7 @@ def bench(
         launcher=launcher,
         adapter_path=adapter_path,
         time_limit=time_limit,
+        trust_remote_code=trust_remote_code,
         torch_dtype=torch_dtype,
         acceleration=tuple(acceleration or ()),
         batch_size=batch_size,

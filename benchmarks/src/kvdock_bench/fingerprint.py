@@ -39,6 +39,8 @@ def file_hashes(folder: Path) -> dict[str, str]:
             # tells who wrote the file, not what it means
             content.pop("transformers_version", None)
             hashes[name] = short_hash(content)
+    for path in sorted(folder.glob("*.py")):
+        hashes[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
     for path in sorted(folder.glob("*.safetensors")):
         with path.open("rb") as file:
             digest = hashlib.sha256(file.read(_EDGE))

@@ -16,24 +16,24 @@ from kvdock_bench.placement import Place
 _PATIENCE = datetime.timedelta(minutes=10)
 
 
-def load_weights(source: str, dtype: str, place: Place) -> Any:
+def load_weights(source: str, dtype: str, place: Place, *, trust_remote_code: bool) -> Any:
     """Return the model at ``source`` (a folder or a hub id) where ``place`` wants it."""
     given: dict[str, Any] = {
         "dtype": getattr(torch, dtype),
         "use_safetensors": True,
-        "trust_remote_code": False,
+        "trust_remote_code": trust_remote_code,
     }
     if place.devices[0] != "cpu":
         # what names no device must not open a context on another model's GPU
         torch.cuda.set_device(place.devices[0])
     if place.ranks > 1:
-        _check_heads(source, place.ranks)
+        _check_heads(source, place.ranks, trust_remote_code)
         _meet(place)
         return AutoModelForCausalLM.from_pretrained(source, **given, **_tensor_parallel())
     if len(place.devices) > 1:
-        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
         with torch.device("meta"):
-            skeleton = AutoModelForCausalLM.from_config(config)
+            skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
         spread = even_map(skeleton, place.devices)
         return AutoModelForCausalLM.from_pretrained(source, device_map=spread, **given)
     model: Any = AutoModelForCausalLM.from_pretrained(source, **given)
@@ -73,9 +73,9 @@ def _tied(model: Any) -> bool:
     return bool(model.config.get_text_config(decoder=True).tie_word_embeddings)
 
 
-def _check_heads(source: str, ranks: int) -> None:
+def _check_heads(source: str, ranks: int, trust_remote_code: bool) -> None:
     """Refuse a split that would cut a head, which transformers meets only while it runs."""
-    config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
     text = config.get_text_config(decoder=True)
     heads = text.num_attention_heads
     kv_heads = getattr(text, "num_key_value_heads", None) or heads

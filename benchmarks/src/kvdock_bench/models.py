@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,27 +101,42 @@ def locate(model_path: str) -> str:
     return model_path
 
 
-def peek_shape(model_path: str) -> KVShape | None:
+def warn_of_remote_code(model_path: str) -> None:
+    """Say on stderr what --trust_remote_code allows, before it allows it."""
+    print(
+        f"Warning: --trust_remote_code: Python code that comes with {model_path} runs with all of"
+        " your rights. Read it first.",
+        file=sys.stderr,
+    )
+
+
+def peek_shape(model_path: str, *, trust_remote_code: bool = False) -> KVShape | None:
     """Return the cache's shape without loading weights or fetching the embedded model."""
     if model_path.lower() in EMBEDDED and not Path(model_path).is_dir():
         return EMBEDDED[model_path.lower()][1]
-    return kv_shape(_peek_config(model_path))
+    return kv_shape(_peek_config(model_path, trust_remote_code))
 
 
-def peek_context(model_path: str) -> int | None:
+def peek_context(model_path: str, *, trust_remote_code: bool = False) -> int | None:
     """Return a model's context in tokens as its config says, without fetching the embedded one."""
     if model_path.lower() in EMBEDDED and not Path(model_path).is_dir():
         return EMBEDDED_CONTEXT[model_path.lower()]
-    return context_of(_peek_config(model_path))
+    return context_of(_peek_config(model_path, trust_remote_code))
 
 
 def load(
-    model_path: str, *, dtype: str, device: str | Place, adapter_path: str | None = None
+    model_path: str,
+    *,
+    dtype: str,
+    device: str | Place,
+    adapter_path: str | None = None,
+    trust_remote_code: bool = False,
 ) -> Loaded:
-    """Load model and tokenizer; safetensors only, never code from the model's folder.
+    """Load model and tokenizer; safetensors only.
 
     Args:
         adapter_path: a PEFT adapter that is merged into the weights.
+        trust_remote_code: also run Python code that the model brings with it.
     """
     from transformers import AutoTokenizer
 
@@ -130,8 +146,8 @@ def load(
     source = locate(model_path)
     try:
         with quiet_transformers():
-            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-            model = load_weights(source, dtype, place)
+            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+            model = load_weights(source, dtype, place, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise _unusable(model_path, error) from error
     set_pad_token(tokenizer)
@@ -160,7 +176,9 @@ class Weightless:
     device: Any
 
 
-def describe(model_path: str, *, dtype: str, device: str) -> Loaded:
+def describe(
+    model_path: str, *, dtype: str, device: str, trust_remote_code: bool = False
+) -> Loaded:
     """Return the tokenizer and all that is known of a model, without its weights."""
     import torch
     from transformers import AutoConfig, AutoTokenizer, GenerationConfig
@@ -168,8 +186,8 @@ def describe(model_path: str, *, dtype: str, device: str) -> Loaded:
     place = locate(model_path)
     try:
         with quiet_transformers():
-            tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
-            config = AutoConfig.from_pretrained(place, trust_remote_code=False)
+            tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=trust_remote_code)
+            config = AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code)
             try:
                 generation = GenerationConfig.from_pretrained(place)
             except OSError:
@@ -183,13 +201,13 @@ def describe(model_path: str, *, dtype: str, device: str) -> Loaded:
     return Loaded(short_name(model_path), model, tokenizer, mark, kv_shape(config), dtype)
 
 
-def _peek_config(model_path: str) -> Any:
+def _peek_config(model_path: str, trust_remote_code: bool) -> Any:
     from transformers import AutoConfig
 
     place = locate(model_path)
     try:
         with quiet_transformers():
-            return AutoConfig.from_pretrained(place, trust_remote_code=False)
+            return AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise _unusable(model_path, error) from error
 
@@ -205,6 +223,11 @@ def _check_folder(folder: Path) -> None:
 
 
 def _unusable(model_path: str, error: Exception) -> BenchError:
+    if "trust_remote_code" in str(error):
+        return BenchError(
+            f"Model {model_path!r} brings Python code of its own, which is not run unasked. Read"
+            " it, and if you trust it with all of your rights, add --trust_remote_code."
+        )
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return BenchError(
         f"Model {model_path!r} cannot be loaded: {reason}\nPass a folder with config.json and "

@@ -47,7 +47,12 @@ def find_engine(arguments: Arguments) -> Engine | None:
     if "vllm" not in arguments.server:
         return None
     python = find_python(arguments.vllm_python)
-    return Engine(python, arguments.max_model_len, arguments.gpu_memory_utilization)
+    return Engine(
+        python,
+        arguments.max_model_len,
+        arguments.gpu_memory_utilization,
+        arguments.trust_remote_code,
+    )
 
 
 def effective_config(arguments: Arguments) -> BenchConfig:

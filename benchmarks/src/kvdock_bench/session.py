@@ -54,17 +54,21 @@ def bench(arguments: Arguments, *, attach: Attach = kvdock.attach) -> int:
     dtype = models.parse_dtype(arguments.torch_dtype, "cpu" if placement.cpu else "cuda")
     check_dtypes(methods, dtype)
     data = load_data(config.data)
+    trust = arguments.trust_remote_code
+    if trust:
+        models.warn_of_remote_code(arguments.model_path)
     if arguments.dry_run:
-        check_lengths(config, models.peek_context(arguments.model_path))
+        check_lengths(config, models.peek_context(arguments.model_path, trust_remote_code=trust))
         plan = make_plan(config, methods, data)
-        show_plan(console, plan, models.peek_shape(arguments.model_path), dtype)
+        shape = models.peek_shape(arguments.model_path, trust_remote_code=trust)
+        show_plan(console, plan, shape, dtype)
         return DONE
     engine = find_engine(arguments)
     tag = check_tag(arguments.save_tag or _default_tag(arguments, config))
     folder = open_run(
         arguments.output_dir, tag, resume=arguments.resume, overwrite=arguments.overwrite
     )
-    check_lengths(config, models.peek_context(arguments.model_path))
+    check_lengths(config, models.peek_context(arguments.model_path, trust_remote_code=trust))
     code = DONE
     with locked(folder):
         for server, part in columns.items():
@@ -75,6 +79,7 @@ def bench(arguments: Arguments, *, attach: Attach = kvdock.attach) -> int:
                 plan=plan,
                 adapter_path=arguments.adapter_path,
                 time_limit=arguments.time_limit,
+                trust_remote_code=trust,
                 attach=attach,
             )
             store = RecordStore(folder)

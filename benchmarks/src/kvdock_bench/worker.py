@@ -26,6 +26,7 @@ class Setup:
     Args:
         model_path: as the user gave it.
         time_limit: seconds for one answer; None for any.
+        trust_remote_code: run code that the model brings with it.
     """
 
     model_path: str
@@ -33,6 +34,7 @@ class Setup:
     plan: Plan
     adapter_path: str | None = None
     time_limit: float | None = None
+    trust_remote_code: bool = False
     attach: Attach = kvdock.attach
 
 
@@ -92,7 +94,11 @@ class Worker:
         self, setup: Setup, place: Place, sink: Sink, reporter: Reporter | None = None
     ) -> None:
         loaded = models.load(
-            setup.model_path, dtype=setup.dtype, device=place, adapter_path=setup.adapter_path
+            setup.model_path,
+            dtype=setup.dtype,
+            device=place,
+            adapter_path=setup.adapter_path,
+            trust_remote_code=setup.trust_remote_code,
         )
         _try_methods(setup, loaded)
         run, self.facts = make_run(setup, loaded, sink)

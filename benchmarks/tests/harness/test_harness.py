@@ -1,5 +1,6 @@
 """The bridge to lm-eval, with its own classes and its own command line."""
 
+import contextlib
 import json
 import os
 import random
@@ -54,6 +55,18 @@ def requests(kind="loglikelihood"):
 
 def scores(model, asked=None):
     return model.loglikelihood(asked or requests(), disable_tqdm=True)
+
+
+def test_weights_are_safetensors_and_code_runs_only_if_asked(folder, monkeypatch, capsys):
+    seen = []
+    monkeypatch.setattr(HFLM, "__init__", lambda self, *_, **given: seen.append(given))
+    monkeypatch.setattr(KVDockLM, "_attached", lambda self: contextlib.nullcontext())
+    KVDockLM(str(folder))
+    assert "trust_remote_code" not in capsys.readouterr().err
+    KVDockLM(str(folder), trust_remote_code=True, use_safetensors=False)
+    assert "Warning: --trust_remote_code" in capsys.readouterr().err
+    assert [given["use_safetensors"] for given in seen] == [True, True]
+    assert [given.get("trust_remote_code") for given in seen] == [None, True]
 
 
 def close(ours, theirs, tolerance=2e-4):

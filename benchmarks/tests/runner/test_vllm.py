@@ -150,6 +150,15 @@ def test_an_error_of_the_engine_is_one_sample_s_error(served, monkeypatch):
     assert failed["error"] == "RuntimeError: vLLM: ValueError: a bad kernel"
 
 
+def test_the_engine_runs_a_models_own_code_only_if_asked(served, monkeypatch):
+    monkeypatch.setenv("FAKE_VLLM", "remote code")
+    with pytest.raises(BenchError, match="AssertionError"):
+        bench(served)
+    assert bench(replace(served, trust_remote_code=True, overwrite=True)) == 0
+    run = json.loads((served.output_dir / "run" / "run.json").read_text())
+    assert run["vllm"]["engine"]["trust_remote_code"] is True
+
+
 def test_out_of_memory_halves_the_batch(served, monkeypatch):
     monkeypatch.setenv("FAKE_VLLM", "small")
     assert bench(replace(served, batch_size="3")) == 0

@@ -73,7 +73,10 @@ def read_model(path: str | Path, dtype: str | None = None) -> Footprint:
             " config.json alone. Give the local folder of a model; nothing is downloaded here."
         )
     try:
-        config = AutoConfig.from_pretrained(str(folder), local_files_only=True)
+        # without the last argument transformers asks whoever sits at the terminal
+        config = AutoConfig.from_pretrained(
+            str(folder), local_files_only=True, trust_remote_code=False
+        )
         kind = _dtype(dtype, config)
         model = _skeleton(config, kind)
         shapes = _shapes(model)

@@ -18,7 +18,7 @@ from kvdock.method import canonical
 from kvdock.registry import default_host
 from kvdock_bench.errors import BenchError, did_you_mean
 from kvdock_bench.harness.scoring import Request, make_batches, score
-from kvdock_bench.models import locate
+from kvdock_bench.models import locate, warn_of_remote_code
 
 _log = logging.getLogger(__name__)
 
@@ -49,8 +49,13 @@ class KVDockLM(HFLM):  # type: ignore[misc]
                 "batch_size=auto tries batches without a cache, which says nothing of a method. "
                 "Give a number."
             )
-        place = locate(pretrained) if isinstance(pretrained, str) else pretrained
-        super().__init__(place, **options)
+        if isinstance(pretrained, str):
+            if options.get("trust_remote_code"):
+                warn_of_remote_code(pretrained)
+            # other weight formats can run code when loaded
+            options["use_safetensors"] = True
+            pretrained = locate(pretrained)
+        super().__init__(pretrained, **options)
         with self._attached():
             pass
 

@@ -41,7 +41,12 @@ class Served:
     ) -> None:
         self._setup, self._engine, self._folder, self._exits = setup, engine, folder, exits
         device = placement.devices(0)[0]
-        loaded = models.describe(setup.model_path, dtype=setup.dtype, device=device)
+        loaded = models.describe(
+            setup.model_path,
+            dtype=setup.dtype,
+            device=device,
+            trust_remote_code=setup.trust_remote_code,
+        )
         self._run, facts = make_run(setup, loaded, sink)
         self.facts = dataclasses.replace(facts, model={**facts.model, "attention": "of vLLM"})
 

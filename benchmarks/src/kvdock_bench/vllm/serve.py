@@ -26,11 +26,13 @@ class Engine:
     Args:
         python: the interpreter of its environment.
         memory_share: of the GPU's memory, or of the machine's where vLLM is built for CPUs.
+        trust_remote_code: run code that the model brings with it.
     """
 
     python: Path
     max_model_len: int | None = None
     memory_share: float | None = None
+    trust_remote_code: bool = False
 
 
 @contextlib.contextmanager
@@ -72,6 +74,7 @@ def engine_arguments(
         "model": place,
         "dtype": loaded.dtype,
         "load_format": "safetensors",
+        "trust_remote_code": engine.trust_remote_code,
         "max_model_len": engine.max_model_len or _AUTO,
         "seed": 0,
     }

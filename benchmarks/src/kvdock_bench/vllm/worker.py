@@ -82,7 +82,6 @@ def load(start: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         )
     engine = vllm.LLM(
         **start["engine"],
-        trust_remote_code=False,
         # a prefix shared with an earlier prompt would be read, not computed: no fair time
         enable_prefix_caching=False,
         # the engine's statistics hold the times of each request
