@@ -84,14 +84,16 @@ def column_sums(
     tile = tile or _default_tile(queries, SUM_TILE)
     grid = (triton.cdiv(n, tile.keys), b * kv_heads)
     copied = _described(queries, tile) if tile.copies else None
-    _sum_columns[grid](
-        queries, queries if copied is None else copied, keys, level, sums,
-        *queries.stride()[:3], *keys.stride()[:3],
-        kv_heads, q, n, scaling * LOG2E,
-        GROUP=h // kv_heads, HEAD_DIM=d, PADDED=max(16, triton.next_power_of_2(d)),
-        KEYS=tile.keys, QUERIES=tile.queries, UPCAST=_upcast(queries), COPIES=copied is not None,
-        num_warps=tile.warps, num_stages=tile.stages, maxnreg=tile.registers,
-    )  # fmt: skip
+    with torch.cuda.device_of(queries):
+        _sum_columns[grid](
+            queries, queries if copied is None else copied, keys, level, sums,
+            *queries.stride()[:3], *keys.stride()[:3],
+            kv_heads, q, n, scaling * LOG2E,
+            GROUP=h // kv_heads, HEAD_DIM=d, PADDED=max(16, triton.next_power_of_2(d)),
+            KEYS=tile.keys, QUERIES=tile.queries,
+            UPCAST=_upcast(queries), COPIES=copied is not None,
+            num_warps=tile.warps, num_stages=tile.stages, maxnreg=tile.registers,
+        )  # fmt: skip
     return sums
 
 
@@ -104,14 +106,15 @@ def log2_sum_exp2(
     tile = tile or _default_tile(queries, LSE_TILE)
     level = torch.empty(b, h, q, dtype=torch.float32, device=queries.device)
     grid = (triton.cdiv(q, tile.queries), b * h)
-    _log_sums[grid](
-        queries, keys, level,
-        *queries.stride()[:3], *keys.stride()[:3],
-        h, q, keys.shape[2], scaling * LOG2E,
-        GROUP=h // keys.shape[1], HEAD_DIM=d, PADDED=max(16, triton.next_power_of_2(d)),
-        KEYS=tile.keys, QUERIES=tile.queries, UPCAST=_upcast(queries),
-        num_warps=tile.warps, num_stages=tile.stages, maxnreg=tile.registers,
-    )  # fmt: skip
+    with torch.cuda.device_of(queries):
+        _log_sums[grid](
+            queries, keys, level,
+            *queries.stride()[:3], *keys.stride()[:3],
+            h, q, keys.shape[2], scaling * LOG2E,
+            GROUP=h // keys.shape[1], HEAD_DIM=d, PADDED=max(16, triton.next_power_of_2(d)),
+            KEYS=tile.keys, QUERIES=tile.queries, UPCAST=_upcast(queries),
+            num_warps=tile.warps, num_stages=tile.stages, maxnreg=tile.registers,
+        )  # fmt: skip
     return level
 
 
