@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import importlib.util
 import os
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from kvdock.shard import find_shard
 from kvdock_bench.errors import BenchError
 from kvdock_bench.placement import Place
 
@@ -29,14 +31,22 @@ def load_weights(source: str, dtype: str, place: Place, *, trust_remote_code: bo
     if place.ranks > 1:
         _check_heads(source, place.ranks, trust_remote_code)
         _meet(place)
-        return AutoModelForCausalLM.from_pretrained(source, **given, **_tensor_parallel())
+        split = _tensor_parallel(place.ranks)
+        model: Any = AutoModelForCausalLM.from_pretrained(source, **given, **split)
+        if find_shard(model, model.config.get_text_config(decoder=True)).size != place.ranks:
+            raise BenchError(
+                f"--parallel tp: transformers has no plan that splits {model.config.model_type}"
+                f" models over {place.ranks} processes. Use --parallel map."
+            )
+        return model
     if len(place.devices) > 1:
+        _check_accelerate(len(place.devices))
         config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
         with torch.device("meta"):
             skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
         spread = even_map(skeleton, place.devices)
         return AutoModelForCausalLM.from_pretrained(source, device_map=spread, **given)
-    model: Any = AutoModelForCausalLM.from_pretrained(source, **given)
+    model = AutoModelForCausalLM.from_pretrained(source, **given)
     return model.to(place.devices[0])
 
 
@@ -73,6 +83,14 @@ def _tied(model: Any) -> bool:
     return bool(model.config.get_text_config(decoder=True).tie_word_embeddings)
 
 
+def _check_accelerate(devices: int) -> None:
+    if importlib.util.find_spec("accelerate") is None:
+        raise BenchError(
+            f"--gp_num {devices}: layers are spread by accelerate, which is not installed. Install"
+            " it (pip install accelerate), or split every layer with --parallel tp."
+        )
+
+
 def _check_heads(source: str, ranks: int, trust_remote_code: bool) -> None:
     """Refuse a split that would cut a head, which transformers meets only while it runs."""
     config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
@@ -103,12 +121,16 @@ def _meet(place: Place) -> None:
     )
 
 
-def _tensor_parallel() -> dict[str, Any]:
-    """Return the argument that this version of transformers knows for its own plan."""
+def _tensor_parallel(ranks: int) -> dict[str, Any]:
+    """Return the arguments that this version of transformers knows for its own plan.
+
+    Without the size, newer ones read it from WORLD_SIZE, and split nothing where that is missing.
+    """
+    plan: dict[str, Any] = {"tp_plan": "auto", "tp_size": ranks}
     try:
         from transformers.distributed import DistributedConfig
     except ImportError:
-        return {"tp_plan": "auto"}
+        return plan
     if "tp_plan" not in DistributedConfig.__dataclass_fields__:
-        return {"tp_plan": "auto"}
-    return {"distributed_config": DistributedConfig(tp_plan="auto")}
+        return plan
+    return {"distributed_config": DistributedConfig(**plan)}
