@@ -6,6 +6,8 @@ import gc
 
 import pytest
 
+import kvdock
+
 
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Take what the imports made out of the garbage collector's sight.
@@ -14,3 +16,11 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     """
     gc.collect()
     gc.freeze()
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip what `beside` says needs other methods, where they are not installed."""
+    needed = {name for mark in item.iter_markers("beside") for name in mark.args}
+    missing = sorted(needed - set(kvdock.available()))
+    if missing:
+        pytest.skip(f"not installed: {', '.join(missing)}")

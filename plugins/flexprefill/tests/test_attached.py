@@ -97,6 +97,7 @@ def test_almost_all_of_the_mass_gives_almost_the_plain_logits():
     assert apart[2] < 0.05
 
 
+@pytest.mark.beside("snapkv")
 @pytest.mark.parametrize("family", ["llama", "glm4"])
 def test_composed_with_snapkv_a_batch_is_its_rows_and_memory_is_snapkvs(family):
     model, (batch, rows) = tiny_model(family), left_padded((150, 60, 97))

@@ -121,6 +121,7 @@ def test_four_bits_follow_the_plain_model_more_closely_than_two():
     assert 0 < gaps[0] < gaps[1] / 2
 
 
+@pytest.mark.beside("snapkv")
 def test_it_packs_what_an_evicting_method_keeps():
     model = model_of("llama")
     batch, _ = left_padded((97, 80))

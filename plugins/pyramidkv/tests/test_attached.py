@@ -12,9 +12,6 @@ from kvdock_pyramidkv.options import PyramidKVOptions
 from kvdock_pyramidkv.policy import PyramidKVPolicy
 
 LENGTHS, BUDGET = (150, 70, 20), 32
-beside_snapkv = pytest.mark.skipif(
-    "snapkv" not in kvdock.available(), reason="compares with snapkv, which is not installed"
-)
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +39,7 @@ def test_memory_is_what_the_formula_says(model, options):
     assert report.bytes_held == report.bytes_predicted == sum(most) * entry(model, len(LENGTHS))
 
 
-@beside_snapkv
+@pytest.mark.beside("snapkv")
 def test_one_prompt_takes_the_memory_of_equal_layers(model):
     _, rows = left_padded(LENGTHS)
     for method in ("pyramidkv", "snapkv"):
@@ -51,7 +48,7 @@ def test_one_prompt_takes_the_memory_of_equal_layers(model):
             assert dock.report().bytes_held == 4 * BUDGET * entry(model, 1)
 
 
-@beside_snapkv
+@pytest.mark.beside("snapkv")
 def test_a_level_pyramid_keeps_what_snapkv_keeps(model):
     batch, _ = left_padded(LENGTHS)
     found = []

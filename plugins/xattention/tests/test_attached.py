@@ -125,6 +125,7 @@ def test_chunks_of_whole_blocks_give_what_one_forward_gives():
     assert torch.allclose(whole, parts, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.beside("snapkv")
 @pytest.mark.parametrize("mode", ["exact", "compat"])
 def test_snapkv_compresses_what_sparse_attention_computed(mode):
     model = tiny_model("llama")
