@@ -8,6 +8,7 @@ from functools import cache
 from typing import Any
 
 import torch
+import torch._dynamo.config
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
@@ -19,6 +20,8 @@ from kvdock.kernels.sparse_check import trust
 from kvdock.policy import AttentionParams
 
 HEAD_DIMS = (64, 96, 128)
+PROGRAMS = 64
+"""Torch compiles anew for one query, one block, one row, one head, and every head_dim and dtype."""
 FORWARD_ONLY: dict[str, Any] = (
     {"compute_q_blocks": False}
     if "compute_q_blocks" in inspect.signature(BlockMask.from_kv_blocks).parameters
@@ -52,14 +55,16 @@ class FlexSparse:
         # a tensor, so that another offset is no other program
         past = torch.full((), grid.first * grid.block, dtype=torch.int32, device=query.device)
         lengths = (query.shape[2], grid.keys)
-        output: Tensor = self._attention(
-            query,
-            key,
-            value,
-            block_mask=_block_mask(lists, past, lengths),
-            scale=params.scaling,
-            enable_gqa=query.shape[1] != key.shape[1],
-        )
+        # by default torch gives up after eight, which a batch after another model may reach
+        with torch._dynamo.config.patch(recompile_limit=PROGRAMS):
+            output: Tensor = self._attention(
+                query,
+                key,
+                value,
+                block_mask=_block_mask(lists, past, lengths),
+                scale=params.scaling,
+                enable_gqa=query.shape[1] != key.shape[1],
+            )
         return output[:, :, lead:].transpose(1, 2).contiguous()
 
 
