@@ -44,12 +44,12 @@ class Tuning:
     emit_columns: int = 256
     mass_keys: int = 32
     mass_stages: int = 3
-    mass_warps: int = 8
+    mass_warps: int = 4
     mass_registers: int | None = None
     share_rows: int = 32
-    entries: int = 8192
+    entries: int = 4096
     slots: int = 8192
-    entry_warps: int = 16
+    entry_warps: int = 32
     edge_warps: int = 32
 
 
