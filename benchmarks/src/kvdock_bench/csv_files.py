@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from kvdock_bench.columns import Column
+from kvdock_bench.escaping import spreadsheet
 from kvdock_bench.scores import Score
 from kvdock_bench.statistics import Paired
 from kvdock_bench.summary import Cost, Summary
@@ -43,10 +44,10 @@ def _tasks(summaries: Iterable[Summary]) -> Iterator[list[Any]]:
                 place = column.key, length, task
                 yield [
                     *_names(summary, column),
-                    *(length, task),
+                    *(length, spreadsheet(task)),
                     *_score(summary.task_scores[place]),
                     *_paired(summary.task_paired[place]),
-                    summary.data_sources.get(task, ""),
+                    spreadsheet(summary.data_sources.get(task, "")),
                 ]
 
 
@@ -57,14 +58,14 @@ def _means(summaries: Iterable[Summary]) -> Iterator[list[Any]]:
                 place = column.key, length, group
                 yield [
                     *_names(summary, column),
-                    *(length, group),
+                    *(length, spreadsheet(group)),
                     *_score(summary.scores[place]),
                     *_paired(summary.paired[place]),
                     *_cost(summary.costs[column.key, length]),
                 ]
             yield [
                 *_names(summary, column),
-                *("all", group),
+                *("all", spreadsheet(group)),
                 *_score(summary.averages[column.key, group]),
                 *_paired(summary.paired[column.key, None, group]),
                 *("" for _ in _COST),
@@ -89,7 +90,8 @@ def _columns(summaries: Iterable[Summary]) -> Iterator[tuple[Summary, Column]]:
 
 def _names(summary: Summary, column: Column) -> list[str]:
     runs = "+".join(run.tag for run in column.runs)
-    return [summary.board.benchmark, runs, column.key, column.label, column.budget or ""]
+    names = summary.board.benchmark, runs, column.key, column.label, column.budget or ""
+    return [*map(spreadsheet, names)]
 
 
 def _score(score: Score) -> list[Any]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from kvdock_bench.atomic import write_text
 from kvdock_bench.diff import AVERAGE, LENGTH, Change, Diff
 from kvdock_bench.errors import BenchError
+from kvdock_bench.escaping import markdown, spreadsheet
 from kvdock_bench.page import diff_page, facts_of
 from kvdock_bench.summary import Cost
 from kvdock_bench.tables import Table, length_name, score_text, size
@@ -72,7 +73,8 @@ def write_diff(folder: Path, found: Diff, warnings: Sequence[str]) -> Path:
     """Write diff.md, diff.csv and diff.html, each whole or not at all; return the page's path."""
     before, after = (s.board.runs[0].tag for s in (found.before, found.after))
     title, tables = f"{after} against {before}", diff_tables(found)
-    texts = [f"# {title}\n", f"{diff_lead(found)}\n", *(f"> {text}\n" for text in warnings)]
+    texts = [f"# {markdown(title)}\n", f"{diff_lead(found)}\n"]
+    texts += [f"> {markdown(text)}\n" for text in warnings]
     texts += [table.to_markdown() for table in tables]
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -149,7 +151,8 @@ def _csv(found: Diff) -> str:
         pair = change.paired
         lines.writerow(
             [
-                *(change.level, change.label, change.length or "all", change.what),
+                *(change.level, spreadsheet(change.label)),
+                *(change.length or "all", spreadsheet(change.what)),
                 *(_plain(score.value, score.status) for score in (change.before, change.after)),
                 *(
                     ["", "", "", 0]

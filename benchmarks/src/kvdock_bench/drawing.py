@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 import textwrap
+import warnings
 from collections.abc import Sequence
 from html import escape
 from typing import Any
@@ -14,6 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 
 from kvdock_bench.columns import Column
+from kvdock_bench.escaping import drawn, visible
 from kvdock_bench.tables import length_name
 
 # inside a page the ink follows the text, and so suits a dark page too
@@ -57,7 +59,7 @@ def looks(columns: Sequence[Column]) -> dict[str, Look]:
         place = -1 if column.is_full else places.index(family)
         found[column.key] = {
             # the options of a grid's variant may be longer than a line
-            "label": textwrap.fill(column.label, _LABEL_CHARACTERS),
+            "label": textwrap.fill(drawn(column.label), _LABEL_CHARACTERS),
             "color": INK if column.is_full else COLOURS[place % len(COLOURS)],
             "marker": MARKERS[(place + 1 + step) % len(MARKERS)],
             "linestyle": "--" if column.is_full else "-",
@@ -105,7 +107,9 @@ def to_svg(figure: Figure, title: str, legend_columns: int) -> str:
         labelcolor=INK,
     )
     text = io.StringIO()
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(_STYLE), warnings.catch_warnings():
+        # the reader's fonts draw the labels, ours only measure them
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
     content = text.getvalue()
     # inside a page neither the XML declaration nor the document type has a place
@@ -113,7 +117,7 @@ def to_svg(figure: Figure, title: str, legend_columns: int) -> str:
     used = set(re.findall(r'(?:url\(|href=")#([^)"]+)', content))
     content = re.sub(r' id="([^"]+)"', lambda m: m[0] if m[1] in used else "", content)
     content = content.replace(INK, "currentColor").replace(LINE, "var(--line, #e4e7ee)")
-    label = escape(title, quote=True)
+    label = escape(visible(title), quote=True)
     return content.replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1)
 
 

@@ -16,6 +16,7 @@ from kvdock_bench.accuracy_tables import (
     main_table,
 )
 from kvdock_bench.cost_tables import cost_tables
+from kvdock_bench.escaping import visible
 from kvdock_bench.examples import Example, examples
 from kvdock_bench.heatmaps import HeatMap, depth_heatmap, task_heatmaps
 from kvdock_bench.plots import Plot, make_plots
@@ -108,11 +109,17 @@ def facts_of(info: dict[str, Any]) -> list[tuple[str, str]]:
     return [(name, text) for name, text in facts if text]
 
 
+def _seen(value: Any) -> Any:
+    """Make what cannot be seen visible, but for drawings, which are markup of our own."""
+    return visible(value) if type(value) is str else value
+
+
 def _render(name: str, **content: Any) -> str:
     pages = Environment(
         loader=PackageLoader("kvdock_bench"),
         autoescape=True,
         undefined=StrictUndefined,
+        finalize=_seen,
         trim_blocks=True,
         lstrip_blocks=True,
     )

@@ -103,7 +103,7 @@ def _memory(summary: Summary, length: int, styles: dict[str, Look]) -> Plot | No
     for point in points:
         look = {**styles[point[2]], "linestyle": "none", "markersize": 9}
         axes.plot(*([value] for value in point[:2]), alpha=1 if point in front else 0.3, **look)
-    axes.set_xlim(left=0, right=1.12 * max(x for x, _, _ in points))
+    axes.set_xlim(left=0, right=1.12 * max(x for x, _, _ in points) or 1)
     axes.set_ylim(-3, 103)
     note = "The line joins the Pareto front; points that another beats are faded."
     return Plot(f"pareto-{length}", title, to_svg(figure, title, width), note)

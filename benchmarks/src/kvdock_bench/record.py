@@ -3,10 +3,38 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from kvdock_bench.plain_json import read_json
+
+_LARGEST = 2**63
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def _is_int(value: object) -> bool:
+    return type(value) is int and abs(value) < _LARGEST
+
+
+def _is_number(value: object) -> bool:
+    return (type(value) is float and abs(value) < _LARGEST) or _is_int(value)
+
+
+_KINDS: dict[str, Callable[[Any], bool]] = {
+    "str": _is_text,
+    "int": _is_int,
+    "float": _is_number,
+    "str | None": lambda value: value is None or _is_text(value),
+    "int | None": lambda value: value is None or _is_int(value),
+    "float | None": lambda value: value is None or _is_number(value),
+    "list[str]": lambda value: isinstance(value, list) and all(map(_is_text, value)),
+    "dict[str, Any]": lambda value: isinstance(value, dict),
+}
+"""Tells by a field's annotation whether a value fits; a report adds numbers up, so they end."""
 
 OOM = "oom"
 UNFIT = "does not fit"
@@ -111,8 +139,15 @@ class Record:
         return record
 
     def _check(self) -> None:
-        kinds: dict[str, Any] = {"str": str, "int": int}
-        for item in fields(self):
-            kind = kinds.get(str(item.type))
-            if kind is not None and type(getattr(self, item.name)) is not kind:
-                raise ValueError(f"{item.name} is not {item.type}")
+        for part in (self, self.timings, self.memory):
+            for item in fields(part) if part is not None else ():
+                fits = _KINDS.get(str(item.type))
+                if fits is not None and not fits(getattr(part, item.name)):
+                    raise ValueError(f"{item.name} is not {item.type}")
+        if self.score is not None and not 0 <= self.score <= 1:
+            raise ValueError("score is not between 0 and 1")
+        depths = self.meta.get("depths", [self.meta.get("depth", 0)])
+        if not isinstance(depths, list) or not all(_is_number(n) and 0 <= n <= 1 for n in depths):
+            raise ValueError("meta.depths are not shares between 0 and 1")
+        if not _is_number(self.meta.get("nll", 0)):
+            raise ValueError("meta.nll is not a number")

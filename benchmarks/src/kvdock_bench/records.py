@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 from kvdock_bench.errors import BenchError
@@ -49,27 +48,35 @@ class RecordStore:
 
     def log(self, text: str) -> None:
         """Add the traceback of an unexpected error to errors.log."""
-        with self.error_log.open("a", encoding="utf-8") as file:
-            file.write(text)
+        try:
+            with self.error_log.open("a", encoding="utf-8", errors="backslashreplace") as file:
+                file.write(text)
+        except OSError as error:
+            raise BenchError(
+                f"Cannot write {self.error_log} ({error.strerror or error})."
+            ) from error
 
 
-def read_records(path: Path, *, repair: bool = False) -> Iterator[Record]:
-    """Yield a file's records; a torn last line is dropped, any other damage is an error."""
+def read_records(path: Path, *, repair: bool = False) -> list[Record]:
+    """Return a file's records; a torn last line is dropped, any other damage is an error."""
     try:
         content = path.read_bytes()
     except OSError as error:
         raise BenchError(f"Cannot read {path} ({error.strerror or error}).") from error
     whole = content.rfind(b"\n") + 1
-    if repair and whole < len(content):
-        os.truncate(path, whole)
+    records = []
     for number, line in enumerate(content[:whole].split(b"\n")[:-1], start=1):
         try:
-            yield Record.from_line(line)
+            records.append(Record.from_line(line))
         except ValueError as error:
             raise BenchError(
                 f"{path}, line {number} is damaged: {error}. Delete that line to have the sample "
                 "repeated, or start anew with --overwrite."
             ) from error
+    # not before all of it has turned out to be ours
+    if repair and whole < len(content):
+        os.truncate(path, whole)
+    return records
 
 
 def _append_line(path: Path, line: bytes) -> None:

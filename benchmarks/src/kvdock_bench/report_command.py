@@ -13,6 +13,7 @@ from kvdock_bench.columns import make_board
 from kvdock_bench.diff import compare_runs
 from kvdock_bench.diff_report import diff_lead, diff_tables, diff_warnings, write_diff
 from kvdock_bench.errors import BenchError
+from kvdock_bench.escaping import visible
 from kvdock_bench.fingerprint import short_hash
 from kvdock_bench.folder import RUN_FILE, check_tag, find_run
 from kvdock_bench.mixing import check_protocols
@@ -89,7 +90,8 @@ def diff(
     for table in diff_tables(found):
         show_table(console, table)
     for text in [*warnings, diff_lead(found)]:
-        console.print(Text(text), soft_wrap=True)
+        console.print(Text(visible(text)), soft_wrap=True)
     if to is not None:
-        console.print(Text(f"Report: {write_diff(to, found, warnings)}"), soft_wrap=True)
+        text = f"Report: {write_diff(to, found, warnings)}"
+        console.print(Text(visible(text)), soft_wrap=True)
     return REGRESSED if found.regressions else 0

@@ -14,6 +14,7 @@ from rich.text import Text
 
 from kvdock_bench.columns import make_boards
 from kvdock_bench.config import make_config
+from kvdock_bench.escaping import visible
 from kvdock_bench.folder import RUN_FILE
 from kvdock_bench.mixing import check_protocols
 from kvdock_bench.page import Chapter, make_chapter
@@ -43,20 +44,20 @@ class Results:
         for chapter in self.chapters:
             show_table(console, chapter.main)
             for warning in chapter.warnings:
-                console.print(Text(warning), soft_wrap=True)
-        console.print(Text(f"Report: {self.path}"), soft_wrap=True)
+                console.print(Text(visible(warning)), soft_wrap=True)
+        console.print(Text(visible(f"Report: {self.path}")), soft_wrap=True)
 
 
 def show_table(console: Console, table: Table) -> None:
     """Print a table with its title and note."""
     grid = RichTable(box=box.SIMPLE_HEAD)
     for place, name in enumerate(table.head):
-        grid.add_column(Text(name), justify="right" if place else "left")
+        grid.add_column(Text(visible(name)), justify="right" if place else "left")
     for row in table.rows:
-        grid.add_row(*(Text(cell) for cell in row))
-    console.print(Text(table.title), style="bold")
+        grid.add_row(*(Text(visible(cell)) for cell in row))
+    console.print(Text(visible(table.title)), style="bold")
     console.print(grid)
-    console.print(Text(table.note), soft_wrap=True)
+    console.print(Text(visible(table.note)), soft_wrap=True)
 
 
 def remake(folder: Path, *, allow_mixed: bool = False) -> Results:

@@ -14,6 +14,7 @@ from kvdock_bench.grid_records import is_grid, read_grid
 from kvdock_bench.methods import MethodConfig
 from kvdock_bench.record import Record
 from kvdock_bench.records import RecordStore
+from kvdock_bench.run_info import check_info
 
 Place = tuple[str, int, str]
 """A cell of a table: method id, length, task."""
@@ -80,19 +81,14 @@ def describe_run(
     methods: dict[str, MethodConfig] | None = None,
 ) -> LoadedRun:
     """Return a run with those of the records that its run.json plans, the last of each place."""
-    try:
-        config = info["config"]
-        methods = methods or methods_of(info)
-        tasks, lengths = tuple(config["task_names"]), tuple(sorted(config["length"]))
-        counts = info.get("counts", {})
-        planned = {task: int(counts.get(task, config["num_samples"])) for task in tasks}
-        # what the rest of the report reads without asking
-        _ = config["benchmark_name"], config["seed"], info["model"]["fingerprint"]
-        _ = info["model"]["name"], info["versions"], info["hardware"], info["identity"]["template"]
-    except (LookupError, AttributeError, TypeError, ValueError) as error:
-        raise BenchError(
-            f"{folder / RUN_FILE} does not describe a run of this version ({error!r})."
-        ) from error
+    check_info(folder, info)
+    config = info["config"]
+    methods = methods or methods_of(info)
+    if not methods:
+        raise BenchError(f"{folder / RUN_FILE} names no method.")
+    tasks, lengths = tuple(config["task_names"]), tuple(sorted(set(config["length"])))
+    counts = info.get("counts", {})
+    planned = {task: counts.get(task, config["num_samples"]) for task in tasks}
     latest = {
         (record.method_id, record.length, record.task, record.index): record
         for record in records

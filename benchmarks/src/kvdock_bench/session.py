@@ -36,6 +36,7 @@ from kvdock_bench.progress import progress
 from kvdock_bench.records import RecordStore
 from kvdock_bench.results import config_of, make_console, make_results
 from kvdock_bench.run import Attach
+from kvdock_bench.run_info import check_info
 from kvdock_bench.runs import methods_of
 from kvdock_bench.sources import load_data
 from kvdock_bench.vllm.crew import served_crew
@@ -155,6 +156,7 @@ class _Session:
         self.store.load(repair=True)
         earlier = read_run(self.folder) if (self.folder / RUN_FILE).exists() else None
         if earlier is not None:
+            check_info(self.folder, earlier, resumed=True)
             _check_same(earlier, self.crew.facts.identity, self.plan.config)
         return self._metadata(earlier)
 

@@ -182,8 +182,15 @@ def _cost(records: Sequence[Record]) -> Cost:
         kv_bytes=_mean([use.kv_bytes for use in memory]),
         kv_ratio=_mean([use.kv_ratio for use in memory]),
         prompt_tokens=_mean([record.n_prompt_tokens for record in records]),
-        perplexity=None if nll is None else math.exp(nll),
+        perplexity=None if nll is None else _exp(nll),
     )
+
+
+def _exp(value: float) -> float | None:
+    try:
+        return math.exp(value)
+    except OverflowError:
+        return None
 
 
 def _mean(values: Sequence[float]) -> float | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from kvdock_bench.escaping import markdown
 from kvdock_bench.record import OOM, UNFIT
 from kvdock_bench.scores import FAILED, PARTIAL, Score
 from kvdock_bench.statistics import Paired
@@ -39,8 +40,9 @@ class Table:
     def to_markdown(self) -> str:
         """Return a heading, a pipe table and the note."""
         lines = [self.head, ["---", *["---:"] * (len(self.head) - 1)], *self.rows]
-        grid = "\n".join("| " + " | ".join(_escape(c) for c in line) + " |" for line in lines)
-        return f"## {self.title}\n\n{grid}\n" + (f"\n{self.note}\n" if self.note else "")
+        grid = "\n".join("| " + " | ".join(map(markdown, line)) + " |" for line in lines)
+        note = f"\n{markdown(self.note)}\n" if self.note else ""
+        return f"## {markdown(self.title)}\n\n{grid}\n{note}"
 
 
 def clock(seconds: float) -> str:
@@ -92,7 +94,3 @@ def paired_text(pair: Paired | None) -> str:
 
 def _plural(word: str, count: int) -> str:
     return word if count == 1 else f"{word}s"
-
-
-def _escape(cell: str) -> str:
-    return " ".join(cell.split()).replace("|", "\\|").replace("<", "&lt;")
