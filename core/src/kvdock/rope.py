@@ -104,13 +104,18 @@ class _Angles:
         self._known: dict[tuple[Any, ...], tuple[weakref.ref[Tensor], Tensor, Tensor]] = {}
 
     def __call__(self, states: Tensor, delta: Tensor, extra: tuple[str, ...]) -> Any:
-        """Return float32 cos and sin, each [b, N, rotary dim], without YaRN's factor."""
+        """Return float32 cos and sin, each [b, N, rotary dim], without YaRN's factor.
+
+        They lie on the device of ``states``.
+        """
         key = (states.device, *extra)
         known = self._known.get(key)
         if known is None or known[0]() is not delta:
             scale = _scaling(self._rotary, extra)
             cos, sin = self._rotary(states, delta, *extra)
-            known = (weakref.ref(delta), cos / scale, sin / scale)
+            # spread over devices, the rotary module answers where its frequencies lie
+            cos, sin = (x.to(states.device) / scale for x in (cos, sin))
+            known = (weakref.ref(delta), cos, sin)
             self._known[key] = known
         return known[1:]
 
