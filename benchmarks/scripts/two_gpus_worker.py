@@ -140,7 +140,8 @@ def _answer(model: Any, task: Task, method: str, batch: dict[str, Tensor]) -> An
 def _attached(model: Any, task: Task, method: str) -> Any:
     if method == FULL:
         return contextlib.nullcontext()
-    return Case(method, budget=task.budget).attach(model)
+    # eagerly everywhere: captured steps keep room for what comes, and a spread model has none
+    return Case(method, budget=task.budget).attach(model, graph=False)
 
 
 def _line(error: Exception) -> str:
