@@ -25,6 +25,7 @@ __all__ = [
 ]
 
 _LARGEST = 1 << 20
+_LARGEST_NUMBER = 2**63 - 1
 # what PyYAML lets through for `2001-13-45`, `!!bool x`, `!!timestamp x` and numbers without end
 _BAD_VALUES = (ValueError, LookupError, AttributeError, TypeError, OverflowError)
 _SECTIONS: dict[str, Any] = {
@@ -49,6 +50,35 @@ class _Loader(yaml.SafeLoader):
                 )
             seen.add(key.value)
         return super().construct_mapping(node, deep)
+
+
+def _whole_number(loader: _Loader, node: yaml.ScalarNode) -> int:
+    number = int(loader.construct_yaml_int(node))
+    if abs(number) > _LARGEST_NUMBER:
+        # one of more than 4300 digits could not even be told
+        raise _wrong(node, f"the number {node.value:.20}… is too large")
+    return number
+
+
+def _text(loader: _Loader, node: yaml.ScalarNode) -> str:
+    text = str(loader.construct_yaml_str(node))
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise _wrong(node, f"half a character ({error})") from error
+    return text
+
+
+def _bytes(_: _Loader, node: yaml.ScalarNode) -> bytes:
+    raise _wrong(node, "bytes have no place in a config")
+
+
+def _wrong(node: yaml.ScalarNode, reason: str) -> yaml.constructor.ConstructorError:
+    return yaml.constructor.ConstructorError(None, None, reason, node.start_mark)
+
+
+for _kind, _construct in (("int", _whole_number), ("str", _text), ("binary", _bytes)):
+    _Loader.add_constructor(f"tag:yaml.org,2002:{_kind}", _construct)
 
 
 def packaged_configs() -> list[str]:

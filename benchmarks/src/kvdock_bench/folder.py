@@ -67,7 +67,7 @@ def open_run(output: Path, tag: str, *, resume: bool, overwrite: bool) -> Path:
     """Return the run's folder, made and proven writable, before anything slow happens."""
     if resume and overwrite:
         raise BenchError("--resume and --overwrite exclude each other: continue, or start anew?")
-    folder = output.expanduser() / tag
+    folder = output.expanduser() / check_tag(tag)
     if _is_used(folder) and not resume:
         if not overwrite:
             raise BenchError(

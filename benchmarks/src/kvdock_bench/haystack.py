@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import lzma
 from bisect import bisect_left
 from importlib import resources
@@ -11,6 +10,7 @@ from itertools import accumulate
 from pathlib import Path
 
 from kvdock_bench.errors import BenchError
+from kvdock_bench.plain_json import read_texts
 
 _TITLES = frozenset(("Mr.", "Mrs.", "Ms.", "Dr.", "St.", "Messrs.", "Col.", "Rev.", "Esq."))
 _CLOSING = "\"'_)]}\u201d\u2019"
@@ -81,14 +81,16 @@ def load_haystack(source: str) -> Haystack:
 
 def read_text(source: str) -> str:
     """Return the text of "file:PATH"; of a .json file, as RULER's essays come in, its "text"."""
-    path = Path(source.removeprefix("file:")).expanduser()
+    path = Path(source.removeprefix("file:"))
     try:
+        path = path.expanduser()
         text = path.read_text(encoding="utf-8")
         if path.suffix == ".json":
-            text = json.loads(text)["text"]
+            text = read_texts(text)["text"]
             if not isinstance(text, str):
                 raise ValueError("its 'text' is not a text")
-    except (OSError, ValueError, KeyError, TypeError) as err:
+    # a RuntimeError: there is no such user's home
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as err:
         raise BenchError(
             f"data.haystack: cannot read {str(path)!r} as UTF-8 text ({err}). "
             "Write 'austen' or the path of a readable text file after 'file:'."

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from kvdock_bench.errors import BenchError
-from kvdock_bench.plain_json import read_json
+from kvdock_bench.plain_json import read_texts
 
 _HUB = "zai-org/LongBench"
 _PINNED = re.compile(r"hub@[0-9a-f]{40}")
 _KINDS = {"input": str, "context": str, "answers": list}
+_LISTS = (list, type(None))
 
 
 class LongBenchFiles:
@@ -107,7 +108,7 @@ def _download(task: str, commit: str | None) -> bytes:
 
 def _row(line: str, place: str) -> dict[str, Any]:
     try:
-        row = read_json(line)
+        row = read_texts(line)
     except ValueError as error:
         raise BenchError(f"{place}: not JSON ({error}).") from error
     if not isinstance(row, dict):
@@ -115,6 +116,13 @@ def _row(line: str, place: str) -> dict[str, Any]:
     for name, kind in _KINDS.items():
         if not isinstance(row.get(name), kind):
             raise BenchError(f"{place}: {name!r} is {row.get(name)!r:.60}, not a {kind.__name__}.")
+    if not isinstance(row.get("all_classes"), _LISTS):
+        raise BenchError(f"{place}: 'all_classes' is {row['all_classes']!r:.60}, not a list.")
     if not row["answers"]:
         raise BenchError(f"{place}: 'answers' is empty.")
+    for name in ("answers", "all_classes"):
+        if not all(isinstance(text, str) for text in row.get(name) or ()):
+            raise BenchError(f"{place}: {name!r} is {row[name]!r:.60}, not a list of texts.")
+    if not isinstance(row.get("language", ""), str):
+        raise BenchError(f"{place}: 'language' is {row['language']!r:.60}, not a text.")
     return row

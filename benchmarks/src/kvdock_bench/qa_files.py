@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from kvdock_bench.errors import BenchError
 from kvdock_bench.people import Question
-from kvdock_bench.plain_json import read_json
+from kvdock_bench.plain_json import read_texts
 from kvdock_bench.tasks.base import SampleKey
 
 
@@ -77,11 +77,15 @@ def load_official(source: str) -> OfficialQuestions:
     """Load "file:PATH" as RULER's scripts do: repeated answers and documents stay."""
     path, content, _ = _load(source)
     try:
-        if isinstance(content, dict):
-            return _official_squad(content)
-        return _official_hotpot(content)
+        questions = (_official_squad if isinstance(content, dict) else _official_hotpot)(content)
+        _check_texts(questions.documents)
+        for text, answers, _, _ in questions.asked:
+            _check_texts((text, *answers))
     except (KeyError, TypeError, ValueError) as err:
         raise _wrong_layout(path) from err
+    if not questions.asked:
+        raise _wrong_layout(path)
+    return questions
 
 
 def _official_squad(content: dict[str, Any]) -> OfficialQuestions:
@@ -119,6 +123,8 @@ def load_questions(source: str) -> FileQuestions:
     try:
         hops = 1 if isinstance(content, dict) else 2
         entries = list(_squad(content) if hops == 1 else _hotpot(content))
+        for entry in entries:
+            _check_texts((entry.text, *entry.answers, *entry.gold, *entry.near))
     except (KeyError, TypeError, ValueError, IndexError) as err:
         raise _wrong_layout(path) from err
     if not entries:
@@ -127,12 +133,20 @@ def load_questions(source: str) -> FileQuestions:
 
 
 def _load(source: str) -> tuple[Path, Any, bytes]:
-    path = Path(source.removeprefix("file:")).expanduser()
+    path = Path(source.removeprefix("file:"))
     try:
+        path = path.expanduser()
         raw = path.read_bytes()
-        return path, read_json(raw), raw
-    except (OSError, ValueError) as err:
+        return path, read_texts(raw), raw
+    # a RuntimeError: there is no such user's home
+    except (OSError, ValueError, RuntimeError) as err:
         raise BenchError(f"data.qa: cannot read {str(path)!r} as json ({err}).") from err
+
+
+def _check_texts(values: Iterable[object]) -> None:
+    for value in values:
+        if not isinstance(value, str):
+            raise TypeError(f"{value!r:.60} is not a text")
 
 
 def _wrong_layout(path: Path) -> BenchError:

@@ -21,7 +21,7 @@ from pydantic import (
 )
 
 from kvdock_bench.longbench_files import check_source
-from kvdock_bench.scoring import check_metric
+from kvdock_bench.scoring import check_answer_metric
 from kvdock_bench.tasks import OWN_LENGTH, Suite, Task, get_suite, suite_names
 from kvdock_bench.tasks.jsonl import JsonlTask
 
@@ -97,7 +97,7 @@ class JsonlFile(_Section):
     """A task of the user's own: a file of prompts and references, and how they are scored."""
 
     path: Annotated[str, Field(min_length=1)]
-    metric: Annotated[str, AfterValidator(check_metric)] = "string_match_all"
+    metric: Annotated[str, AfterValidator(check_answer_metric)] = "string_match_all"
     max_new_tokens: Count = 64
 
 

@@ -66,11 +66,28 @@ METRICS: dict[str, Metric] = {
 }
 
 
+_OF_LIKELIHOODS = (_token_probability, _next_token)
+
+
 def check_metric(name: str) -> str:
     """Return the name of a metric, or raise a BenchError that lists all of them."""
     if name not in METRICS:
         raise BenchError(f"Unknown metric {name!r}.{did_you_mean(name, METRICS)}")
     return name
+
+
+def check_answer_metric(name: str) -> str:
+    """Return the name of a metric that scores an answer's text, or raise a BenchError."""
+    if name not in METRICS or METRICS[name] in _OF_LIKELIHOODS:
+        known = [known for known, metric in METRICS.items() if metric not in _OF_LIKELIHOODS]
+        raise BenchError(f"Unknown metric {name!r}.{did_you_mean(name, known)}")
+    return name
+
+
+def check_references(metric: str, references: Sequence[str]) -> None:
+    """Raise a BenchError for references that the metric cannot compare an answer with."""
+    if metric.startswith("retrieval"):
+        METRICS[metric]("", references, {})
 
 
 def score(

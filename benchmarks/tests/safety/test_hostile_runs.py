@@ -24,7 +24,7 @@ NASTY = {
     "html": SCRIPT,
     "attribute": "\"'><svg onload=alert(1)>",
     "template": "{{ 7 * 7 }}{% raw %}",
-    "link": "[free](javascript:alert(1)) ![x](http://127.0.0.1/x) `code`",
+    "link": "[free](javascript:alert(1)) ![x](http://example.org/x) `code`",
     "border": "a\\|b|c\nd",
     "formula": "=cmd|'/C calc'!A0",
     "plus": "+1+1",

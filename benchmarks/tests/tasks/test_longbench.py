@@ -25,7 +25,7 @@ LONG = "one two three four five six seven eight nine ten " * 12
 
 def row(**changes):
     plain = {"context": "Some text.", "input": "Who?", "answers": ["Ann", "Bob"], "language": "en"}
-    return plain | {"all_classes": None, "length": 3, "dataset": "x", "_id": "0"} | changes
+    return plain | {"all_classes": ["a", "b"], "length": 3, "dataset": "x", "_id": "0"} | changes
 
 
 @pytest.fixture

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from kvdock_bench.errors import BenchError
-from kvdock_bench.plain_json import read_json
-from kvdock_bench.scoring import check_metric
+from kvdock_bench.plain_json import read_texts
+from kvdock_bench.scoring import check_answer_metric, check_references
 from kvdock_bench.tasks.base import Args, Sample, SampleKey, check_args
 
 if TYPE_CHECKING:
@@ -44,8 +43,14 @@ class JsonlTask:
         return 1, 1
 
     def size(self, data: TaskData) -> int:
-        """Return the number of samples."""
-        return len(_rows(self.path)[0])
+        """Return the number of samples; raises BenchError for one that no metric can score."""
+        rows = _rows(self.path)[0]
+        for number, row in enumerate(rows):
+            try:
+                check_references(row.get("metric", self.metric), row["references"])
+            except BenchError as error:
+                raise BenchError(f"{self.path}, sample {number}: {error}") from error
+        return len(rows)
 
     def build(
         self, n_units: int, key: SampleKey, args: Args, data: TaskData, *, fill: int = 0
@@ -97,9 +102,7 @@ def _parsed(path: Path, _time: int, _size: int) -> tuple[list[dict[str, Any]], s
 
 
 def _row(line: bytes) -> dict[str, Any]:
-    content = read_json(line.decode("utf-8"))
-    # no tokenizer takes half a character; the ValueError of it names the place
-    json.dumps(content, ensure_ascii=False).encode()
+    content = read_texts(line.decode("utf-8"))
     if not isinstance(content, dict):
         raise ValueError(f"expected a JSON object, found {type(content).__name__}.")
     for name in _TEXTS:
@@ -119,5 +122,5 @@ def _row(line: bytes) -> dict[str, Any]:
     if ("prompt" in content) == ("context" in content and "question" in content):
         raise ValueError("expected either 'prompt' or both 'context' and 'question'.")
     if "metric" in content:
-        check_metric(content["metric"])
+        check_answer_metric(content["metric"])
     return {**content, "references": references}

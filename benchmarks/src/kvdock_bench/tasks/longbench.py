@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import yaml
 
+from kvdock_bench.errors import BenchError
 from kvdock_bench.tasks.base import Args, Sample, SampleKey, check_args
 from kvdock_bench.tasks.suite import Suite
 
@@ -50,8 +51,11 @@ class LongBenchTask:
         return 1, 1
 
     def size(self, data: TaskData) -> int:
-        """Return the number of rows."""
-        return len(data.longbench.rows(self.name))
+        """Return the number of rows; raises BenchError where a classification has no classes."""
+        rows = data.longbench.rows(self.name)
+        if self.metric == "classification" and not all(row.get("all_classes") for row in rows):
+            raise BenchError(f"{self.name}.jsonl: a row has no 'all_classes' to choose from.")
+        return len(rows)
 
     def build(
         self, n_units: int, key: SampleKey, args: Args, data: TaskData, *, fill: int = 0

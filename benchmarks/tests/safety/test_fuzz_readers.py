@@ -1,68 +1,37 @@
-"""Whatever the readers are given: a result or the documented error, and no file left behind.
-
-KVDOCK_FUZZ sets the cases per reader.
-"""
+"""Whatever readers are given: a result or the documented error, and no file touched."""
 
 import contextlib
 import json
-import os
 from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import HealthCheck, given, settings
+from fuzzing import ODD_TEXTS, fuzz, listing, texts, trees, values
 from hypothesis import strategies as st
 
 from kvdock.budget import Budget
 from kvdock.errors import KVDockError
 from kvdock.options import build, describe
 from kvdock.registry import default_host
+from kvdock_bench.accuracy_tables import accuracy_tables, main_table
+from kvdock_bench.columns import make_board
 from kvdock_bench.config import load_config
+from kvdock_bench.cost_tables import cost_tables
+from kvdock_bench.csv_files import csv_files
 from kvdock_bench.errors import BenchError
+from kvdock_bench.examples import examples
 from kvdock_bench.folder import read_run
 from kvdock_bench.methods import parse_methods, parse_settings
+from kvdock_bench.mixing import check_protocols
 from kvdock_bench.placement import parse_placement
 from kvdock_bench.plain_json import read_json
 from kvdock_bench.records import RecordStore
 from kvdock_bench.runs import load_run
+from kvdock_bench.summary import summarise
 from kvdock_bench.tasks.jsonl import _parsed
 
 pytestmark = pytest.mark.versionless
-CASES = int(os.environ.get("KVDOCK_FUZZ", "20"))
-fuzz = settings(
-    max_examples=CASES,
-    deadline=None,
-    database=None,
-    suppress_health_check=list(HealthCheck),
-)
 METHODS = sorted(default_host().available())
-
-ODD_TEXTS = st.sampled_from(
-    ["", "\0", "../x", "/etc/passwd", "1e400", "nan", "-inf", "9" * 5000, "[" * 5000, "~nobody/x"]
-)
-texts = st.text(max_size=30) | ODD_TEXTS | st.text("0123456789.,%-+ekKMGiBtok/:[]{}", max_size=12)
-scalars = (
-    st.none()
-    | st.booleans()
-    | st.integers()
-    | st.sampled_from([10**30, -(10**30), 10**400])
-    | st.floats()
-    | texts
-)
-# neither Python nor hypothesis writes numbers of more than 4300 digits
-huge = st.sampled_from([1, -1]).map(lambda sign: sign * 10**5000)
-values = (
-    scalars | huge | st.lists(scalars, max_size=3) | st.dictionaries(st.text(max_size=3), scalars)
-)
-trees = st.recursive(
-    scalars,
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(texts, inner, max_size=3),
-    max_leaves=8,
-)
-
-
-def listing(folder: Path) -> dict[str, bytes | None]:
-    return {str(path): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
 
 
 def untouched(folder: Path, call, error=BenchError) -> None:
@@ -77,8 +46,7 @@ def test_options(method):
     options = default_host().load(method).options_type()
     names = st.sampled_from([row.name for row in describe(options)] or ["x"])
 
-    @fuzz
-    @given(st.dictionaries(names | texts, values, max_size=3))
+    @fuzz(st.dictionaries(names | texts, values, max_size=3), label=f"options of {method}")
     def check(given):
         with contextlib.suppress(KVDockError):
             build(options, given)
@@ -86,24 +54,21 @@ def test_options(method):
     check()
 
 
-@fuzz
-@given(values)
+@fuzz(values)
 def test_budgets(value):
     with contextlib.suppress(KVDockError):
         budget = Budget.parse(value)
         assert budget is None or Budget.parse(str(budget)) == budget
 
 
-@fuzz
-@given(st.lists(texts | texts.map(lambda t: f"snapkv.window={t}"), max_size=3))
+@fuzz(st.lists(texts | texts.map(lambda t: f"snapkv.window={t}"), max_size=3))
 def test_settings(given):
     with contextlib.suppress(KVDockError):
         parse_settings(given, {"snapkv"})
         parse_methods(["snapkv"], [], given)
 
 
-@fuzz
-@given(st.lists(texts, max_size=3), st.none() | texts, st.integers(0, 9), st.none() | st.integers())
+@fuzz(st.lists(texts, max_size=3), st.none() | texts, st.integers(0, 9), st.none() | st.integers())
 def test_devices(devices, gp_num, visible, workers):
     with contextlib.suppress(BenchError):
         parse_placement(devices, gp_num, workers=workers, visible=visible)
@@ -123,8 +88,7 @@ configs = (
 )
 
 
-@fuzz
-@given(content=configs)
+@fuzz(content=configs)
 def test_yaml_configs(tmp_path, content):
     path = tmp_path / "config.yaml"
     path.write_bytes(content)
@@ -154,8 +118,7 @@ def _writable(value) -> bool:
     return True
 
 
-@fuzz
-@given(content=st.lists(lines, max_size=3).map(b"\n".join))
+@fuzz(content=st.lists(lines, max_size=3).map(b"\n".join))
 def test_jsonl_tasks(tmp_path, content):
     path = tmp_path / "task.jsonl"
     path.write_bytes(content)
@@ -163,54 +126,45 @@ def test_jsonl_tasks(tmp_path, content):
     untouched(tmp_path, lambda: _parsed(path, 0, 0))
 
 
-GOOD = {
-    "method_id": "full", "task": "t", "length": 1, "prediction": "x", "score": 1.0,
-    "timings": None, "memory": None,
-}  # fmt: skip
-records = lines | st.dictionaries(st.sampled_from(sorted(GOOD)) | texts, trees, max_size=3).map(
-    lambda change: json.dumps({**GOOD, **change}).encode()
-)
-
-
-@fuzz
-@given(content=st.lists(records, max_size=3).map(lambda found: b"\n".join([*found, b""])))
-def test_records(tmp_path, content):
-    path = tmp_path / "pred" / "full" / "t_1.jsonl"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(content)
-    untouched(tmp_path, lambda: RecordStore(tmp_path).load(repair=True))
-
-
-INFO = {
-    "config": {
-        "task_names": ["t"], "length": [1], "num_samples": 1, "benchmark_name": "b", "seed": 1,
-    },
-    "methods": [
-        {"method_id": "full", "label": "Full", "methods": [], "budget": None, "options": {}}
-    ],
-    "model": {"fingerprint": "f", "name": "n"}, "counts": {"t": 1}, "versions": {},
-    "hardware": {}, "identity": {"template": "none"},
-}  # fmt: skip
-
-
 @st.composite
-def infos(draw) -> bytes:
-    """Draw a run.json, one of whose values is something else."""
-    info = json.loads(json.dumps(INFO))
-    place, key = info, draw(st.sampled_from(sorted(info)))
+def changed(draw, content) -> bytes:
+    """Draw a JSON object, one of whose values is something else."""
+    content = json.loads(json.dumps(content))
+    place, key = content, draw(st.sampled_from(sorted(content)))
     while draw(st.booleans()) and isinstance(place[key], (dict, list)) and place[key]:
         place = place[key]
         key = draw(st.sampled_from(range(len(place)) if isinstance(place, list) else [*place]))
     place[key] = draw(trees)
-    return json.dumps(info).encode()
+    return json.dumps(content).encode()
 
 
-@fuzz
-@given(content=lines | infos())
-def test_report_reader(tmp_path, content):
-    (tmp_path / "run.json").write_bytes(content)
+def numbers(folder: Path) -> None:
+    """Make all of a report but its drawings."""
+    board = make_board([load_run(folder)])
+    check_protocols(board, allow_mixed=True)
+    summary = summarise(board)
+    csv_files([summary])
+    for table in (main_table(summary), *accuracy_tables(summary), *cost_tables(summary)):
+        table.to_markdown()
+    examples(board)
+
+
+@fuzz(data=st.data())
+def test_records(tmp_path, stored, data):
+    stored.write(tmp_path, found={"full/vt_512.jsonl": [stored.record()]})
+    path = tmp_path / "pred" / "full" / "vt_512.jsonl"
+    found = data.draw(lines | changed(json.loads(stored.record().to_line())))
+    path.write_bytes(path.read_bytes() + found + b"\n")
+    untouched(tmp_path, lambda: RecordStore(tmp_path).load(repair=True))
+    untouched(tmp_path, lambda: numbers(tmp_path))
+
+
+@fuzz(data=st.data())
+def test_report_reader(tmp_path, stored, data):
+    stored.write(tmp_path, found={"full/vt_512.jsonl": [stored.record()]})
+    (tmp_path / "run.json").write_bytes(data.draw(lines | changed(stored.info())))
     untouched(tmp_path, lambda: read_run(tmp_path))
-    untouched(tmp_path, lambda: load_run(tmp_path))
+    untouched(tmp_path, lambda: numbers(tmp_path))
 
 
 def test_numbers_without_end_are_refused_by_name():
