@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from kvdock_bench.errors import BenchError
+from kvdock_bench.plain_json import read_json
 
 _CONFIG = "adapter_config.json"
 _WEIGHTS = "adapter_model.safetensors"
@@ -49,7 +50,12 @@ def merge_adapter(model: Any, adapter_path: str) -> tuple[Any, str]:
 
 def _identity(folder: Path) -> str:
     """Return a hash of the adapter's configuration and of all its weights."""
-    config = json.loads((folder / _CONFIG).read_text("utf-8"))
+    try:
+        config = read_json((folder / _CONFIG).read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise BenchError(f"{folder / _CONFIG}: not JSON ({error}).") from error
+    if not isinstance(config, dict):
+        raise BenchError(f"{folder / _CONFIG} does not hold a JSON object.")
     # say where the base model lay and what wrote the file, not what the adapter does
     for name in ("base_model_name_or_path", "peft_version"):
         config.pop(name, None)

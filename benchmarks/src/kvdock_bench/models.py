@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kvdock.errors import KVDockError
 from kvdock_bench.adapter import merge_adapter
 from kvdock_bench.context import context_of
 from kvdock_bench.convert import convert_gguf, quiet_transformers, set_pad_token
@@ -21,6 +24,8 @@ EMBEDDED = {"smollm2-135m": (SMOLLM2, KVShape(30, 3, 64, 64))}
 EMBEDDED_CONTEXT = {"smollm2-135m": 8192}
 DTYPES = ("float32", "float16", "bfloat16")
 
+_LONGEST_ID = 193
+"""An owner and a name of 96 characters each, as on the hub."""
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 
@@ -86,14 +91,16 @@ def parse_device(devices: list[str] | None) -> str:
 
 def locate(model_path: str) -> str:
     """Return the local folder of a model, fetching the embedded default; hub ids stay as given."""
-    folder = Path(model_path).expanduser()
-    if folder.is_dir():
-        _check_folder(folder)
-        return str(folder)
+    # a name that no folder can have is none: too long, or of a user who is not there
+    with contextlib.suppress(OSError, RuntimeError):
+        folder = Path(model_path).expanduser()
+        if folder.is_dir():
+            _check_folder(folder)
+            return str(folder)
     if model_path.lower() in EMBEDDED:
         name = model_path.lower()
         return str(prepare(name, EMBEDDED[name][0], convert_gguf))
-    if not _HUB_ID.fullmatch(model_path):
+    if not _HUB_ID.fullmatch(model_path) or len(model_path) > _LONGEST_ID:
         raise BenchError(
             f"Model folder {model_path} does not exist. Pass a folder with config.json, a hub id "
             f"(owner/name), or {', '.join(EMBEDDED)}."
@@ -114,14 +121,16 @@ def peek_shape(model_path: str, *, trust_remote_code: bool = False) -> KVShape |
     """Return the cache's shape without loading weights or fetching the embedded model."""
     if model_path.lower() in EMBEDDED and not Path(model_path).is_dir():
         return EMBEDDED[model_path.lower()][1]
-    return kv_shape(_peek_config(model_path, trust_remote_code))
+    with _told(model_path):
+        return kv_shape(_peek_config(model_path, trust_remote_code))
 
 
 def peek_context(model_path: str, *, trust_remote_code: bool = False) -> int | None:
     """Return a model's context in tokens as its config says, without fetching the embedded one."""
     if model_path.lower() in EMBEDDED and not Path(model_path).is_dir():
         return EMBEDDED_CONTEXT[model_path.lower()]
-    return context_of(_peek_config(model_path, trust_remote_code))
+    with _told(model_path):
+        return context_of(_peek_config(model_path, trust_remote_code))
 
 
 def load(
@@ -144,14 +153,12 @@ def load(
 
     place = Place((device,)) if isinstance(device, str) else device
     source = locate(model_path)
-    try:
-        with quiet_transformers():
-            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
-            model = load_weights(source, dtype, place, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise _unusable(model_path, error) from error
+    with _told(model_path):
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+        model = load_weights(source, dtype, place, trust_remote_code=trust_remote_code)
+        shape = kv_shape(model.config)
+        mark = fingerprint(source, model.config, dtype)
     set_pad_token(tokenizer)
-    mark = fingerprint(source, model.config, dtype)
     if adapter_path is not None:
         model, adapter = merge_adapter(model, adapter_path)
         mark = short_hash({"base": mark, "adapter": adapter})
@@ -160,7 +167,7 @@ def load(
         model=model.eval(),
         tokenizer=tokenizer,
         fingerprint=mark,
-        shape=kv_shape(model.config),
+        shape=shape,
         dtype=dtype,
         shards=place.ranks,
         adapter=None if adapter_path is None else short_name(adapter_path),
@@ -184,31 +191,40 @@ def describe(
     from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
     place = locate(model_path)
-    try:
-        with quiet_transformers():
-            tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=trust_remote_code)
-            config = AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code)
-            try:
-                generation = GenerationConfig.from_pretrained(place)
-            except OSError:
-                # as a model does that comes without the file
-                generation = GenerationConfig.from_model_config(config)
-    except (OSError, ValueError) as error:
-        raise _unusable(model_path, error) from error
+    with _told(model_path):
+        tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code)
+        try:
+            generation = GenerationConfig.from_pretrained(place)
+        except OSError:
+            # as a model does that comes without the file
+            generation = GenerationConfig.from_model_config(config)
+        shape = kv_shape(config)
+        mark = fingerprint(place, config, dtype)
     set_pad_token(tokenizer)
     model = Weightless(config, generation, torch.device(device))
-    mark = fingerprint(place, config, dtype)
-    return Loaded(short_name(model_path), model, tokenizer, mark, kv_shape(config), dtype)
+    return Loaded(short_name(model_path), model, tokenizer, mark, shape, dtype)
 
 
 def _peek_config(model_path: str, trust_remote_code: bool) -> Any:
     from transformers import AutoConfig
 
-    place = locate(model_path)
+    return AutoConfig.from_pretrained(locate(model_path), trust_remote_code=trust_remote_code)
+
+
+@contextlib.contextmanager
+def _told(model_path: str) -> Iterator[None]:
+    """Turn whatever a damaged folder, or a model's own code, makes of loading into one error."""
+    from kvdock_bench.oom import is_oom
+
     try:
         with quiet_transformers():
-            return AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
+            yield
+    except KVDockError:
+        raise
+    except Exception as error:
+        if is_oom(error):
+            raise
         raise _unusable(model_path, error) from error
 
 
@@ -230,6 +246,6 @@ def _unusable(model_path: str, error: Exception) -> BenchError:
         )
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return BenchError(
-        f"Model {model_path!r} cannot be loaded: {reason}\nPass a folder with config.json and "
+        f"Model {model_path!r} cannot be loaded: {reason:.500}\nPass a folder with config.json and "
         f"safetensors, a hub id that can be reached, or {', '.join(EMBEDDED)}."
     )
