@@ -124,14 +124,33 @@ def test_a_folder_that_cannot_be_written_is_refused(site, folder):
         create("mine", folder / "file" / "mine", host=site.host())
 
 
-def test_a_failure_half_way_leaves_nothing(site, folder, monkeypatch):
+@pytest.mark.parametrize("place", [None, "deep/er/mine"])
+@pytest.mark.parametrize("failure", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+@pytest.mark.parametrize("after", [0, 5, 11])
+def test_a_failure_half_way_leaves_nothing(site, folder, monkeypatch, place, failure, after):
+    real, left = Names.apply, iter(range(after))
+
     def fails(self, text):
+        if next(left, None) is None:
+            raise failure
+        return real(self, text)
+
+    monkeypatch.setattr(Names, "apply", fails)
+    error = NameTakenError if isinstance(failure, OSError) else KeyboardInterrupt
+    with pytest.raises(error, match="No space left" if error is NameTakenError else None):
+        create("mine", place and folder / place, host=site.host())
+    assert os.listdir(folder) == []
+
+
+def test_a_failure_leaves_what_others_put_into_a_parent(site, folder, monkeypatch):
+    def fails(self, text):
+        (folder / "deep" / "note").touch()
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Names, "apply", fails)
-    with pytest.raises(NameTakenError, match="No space left"):
-        create("mine", host=site.host())
-    assert os.listdir(folder) == []
+    with pytest.raises(NameTakenError):
+        create("mine", folder / "deep" / "er" / "mine", host=site.host())
+    assert os.listdir(folder / "deep") == ["note"]
 
 
 def test_the_command_says_what_comes_next(folder):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import tempfile
@@ -76,6 +77,7 @@ def create(name: str, path: Path | None = None, host: Host | None = None) -> Pat
             f"{str(target)!r} exists already and stays as it is. Name another folder: kvdock new"
             f" {name} --path FOLDER"
         )
+    missing = [parent for parent in target.parents if not parent.exists()]
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         # beside the target, so that the last step is one rename
@@ -83,7 +85,13 @@ def create(name: str, path: Path | None = None, host: Host | None = None) -> Pat
             made = Path(folder) / "package"
             _write(_template(), made, names)
             made.rename(target)
-    except OSError as error:
+    except BaseException as error:
+        for parent in missing:
+            # what others have put into it meanwhile stays
+            with contextlib.suppress(OSError):
+                parent.rmdir()
+        if not isinstance(error, OSError):
+            raise
         raise NameTakenError(
             f"{str(target)!r} cannot be made: {error.strerror or error}. Name a folder that can be"
             f" written: kvdock new {name} --path FOLDER"
