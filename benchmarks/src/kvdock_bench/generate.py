@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import copy
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from transformers import (
     DynamicCache,
-    LogitsProcessor,
     LogitsProcessorList,
-    StoppingCriteria,
     StoppingCriteriaList,
 )
 
@@ -22,6 +19,7 @@ from kvdock_bench.answer import read_answer
 from kvdock_bench.protocol import stop_ids
 from kvdock_bench.record import MemoryUse, Timings
 from kvdock_bench.shape import KVShape
+from kvdock_bench.watch import FirstToken, PrefillEnd, Watch
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,62 +47,6 @@ class Settings:
     stop: tuple[str, ...] = ()
     seed: int = 0
     likelihood: bool = False
-
-
-class _PrefillEnd(LogitsProcessor):
-    """Count steps; the first scores mark the end of prefill, chunked or not."""
-
-    def __init__(self, watch: _Watch) -> None:
-        self._watch = watch
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Return the scores untouched."""
-        self._watch.steps += 1
-        if self._watch.steps == 1:
-            self._watch.prefill_end = self._watch.now()
-            self._watch.held = self._watch.held_bytes()
-        return scores
-
-
-class _FirstToken(StoppingCriteria):
-    """Note when the first token is chosen; never stops anything."""
-
-    def __init__(self, watch: _Watch) -> None:
-        self._watch = watch
-
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.BoolTensor:
-        """Return False for every row."""
-        if self._watch.steps == 1:
-            self._watch.first_token = self._watch.now()
-        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)  # type: ignore[return-value]
-
-
-class _Watch:
-    """The marks of one `generate` call; the device is idle at each."""
-
-    def __init__(self, devices: Sequence[torch.device], held_bytes: Callable[[], int]) -> None:
-        self.steps = self.held = 0
-        self.held_bytes = held_bytes
-        self._devices = devices
-        self.start = self.prefill_end = self.first_token = self.now()
-
-    def now(self) -> float:
-        """Wait for the devices and return the time."""
-        for device in self._devices:
-            torch.cuda.synchronize(device)
-        return time.perf_counter()
-
-    def timings(self, rows: int) -> Timings:
-        """Return the times up to now; call it when `generate` has returned."""
-        end = self.now()
-        decode = end - self.first_token
-        return Timings(
-            prefill_s=self.prefill_end - self.start,
-            ttft_s=self.first_token - self.start,
-            decode_s=decode,
-            tpot_s=decode / (self.steps - 1) if self.steps > 1 else None,
-            generate_s=(end - self.start) / rows,
-        )
 
 
 class Generator:
@@ -155,7 +97,7 @@ class Generator:
             extra |= {"stop_strings": list(settings.stop), "tokenizer": self.tokenizer}
         torch.manual_seed(settings.seed)
         self._reset_peak()
-        watch = _Watch(self._gpus, lambda: 0 if cache is None else cache_bytes(cache))
+        watch = Watch(self._gpus, lambda: 0 if cache is None else cache_bytes(cache))
         held = None
         if any(tails):
             width = ids.shape[1] - max(tails)
@@ -168,8 +110,8 @@ class Generator:
             input_ids=ids,
             attention_mask=mask,
             generation_config=self._config(settings),
-            logits_processor=LogitsProcessorList([_PrefillEnd(watch)]),
-            stopping_criteria=StoppingCriteriaList([_FirstToken(watch)]),
+            logits_processor=LogitsProcessorList([PrefillEnd(watch)]),
+            stopping_criteria=StoppingCriteriaList([FirstToken(watch)]),
             **extra,
         )
         timings = watch.timings(len(prompts))
@@ -205,7 +147,7 @@ class Generator:
         width = len(prompt) - tail
         cache = DynamicCache(config=self.model.config) if dock is None else dock.new_cache()
         self._reset_peak()
-        watch = _Watch(self._gpus, lambda: 0)
+        watch = Watch(self._gpus, lambda: 0)
         self._read(ids[:, :width], mask[:, :width], cache)
         watch.prefill_end = watch.first_token = watch.now()
         held = cache_bytes(cache) if dock is None else dock.report().bytes_held
@@ -216,6 +158,9 @@ class Generator:
         timings = watch.timings(1)
         wanted, chosen = ids[0, width + 1 :], logits.argmax(-1)
         loss = torch.nn.functional.cross_entropy(logits.float(), wanted)
+        if not torch.isfinite(loss):
+            # JSON has no such number, and no mean would survive it
+            raise ArithmeticError(f"the scores of the model give a likelihood of {loss.item()}")
         full = self._shape.full_bytes(width, self._item_bytes)
         return Answer(
             text=self.tokenizer.decode(chosen.tolist(), skip_special_tokens=True),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -74,6 +75,25 @@ def test_a_judged_text_has_the_likelihood_of_one_plain_forward(generator, prompt
     assert answer.meta["nll"] == pytest.approx(expected, rel=1e-5)
     first = (logits.argmax(-1) == wanted).float().mean().item()
     assert answer.meta["ranked_first"] == pytest.approx(first)
+
+
+def test_a_model_without_probabilities_is_an_error_in_the_records(
+    arguments, tmp_path, model_folder
+):
+    """NaN can be neither stored nor averaged, and one bad cell must not end the run."""
+    spoiled = shutil.copytree(model_folder, tmp_path / "spoiled")
+    model = AutoModelForCausalLM.from_pretrained(spoiled)
+    torch.nn.init.constant_(model.model.norm.weight, math.nan)
+    model.save_pretrained(spoiled)
+    config = tmp_path / "judge.yaml"
+    config.write_text(
+        "benchmark_name: perplexity\nlength: [256]\nnum_samples: 1\n"
+        "task_args: {perplexity: {words: 20}, next_token: {words: 20}}\n"
+    )
+    assert bench(replace(arguments, model_path=str(spoiled), cfg_path=str(config))) == 1
+    found = records(arguments)
+    assert found and all(record.score is None for record in found)
+    assert all("give a likelihood of nan" in record.error for record in found)
 
 
 def records(arguments) -> list[Record]:
