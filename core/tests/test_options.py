@@ -58,6 +58,13 @@ def test_a_wrong_value_names_the_option_the_value_and_what_is_allowed(name, valu
     assert f"expected {allowed}" in message
 
 
+@pytest.mark.parametrize("value", [2**63, -(2**63), 10**5000], ids=["first", "least", "long"])
+def test_an_unbounded_number_ends_where_texts_of_it_would(value):
+    assert build(Sample, {"floor": 2**63 - 1}).floor == 2**63 - 1
+    with pytest.raises(OptionError, match=r"option 'floor' is .*(large|expected)"):
+        build(Sample, {"floor": value})
+
+
 def test_the_constructor_checks_too():
     with pytest.raises(OptionError, match="'window' is -5"):
         Sample(window=-5)

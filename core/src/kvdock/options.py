@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, TypeVar, Union
 from kvdock.errors import OptionError, shown
 
 _KEY = "kvdock.option"
+_LARGEST = 2**63 - 1
 _SCALARS = (bool, int, float, str)
 
 
@@ -175,6 +176,9 @@ def _scalar(name: str, value: Any, accepted: tuple[Any, ...], rule: _Rule) -> An
         raise OptionError(
             f"option {name!r} is {shown(value)}, expected {_expected(scalars, rule)}."
         )
+    if type(value) is int and abs(value) > _LARGEST:
+        # of 4300 digits and more Python writes none, and a method's own message would fail
+        raise OptionError(f"option {name!r} is {shown(value)}; no option takes numbers that large.")
     return value
 
 
