@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kvdock.kernels.overlap import launch, let_next_start, wait_for_previous
 from kvdock.kernels.split_kv import multiprocessors
 from kvdock.policy import AttentionParams
 
@@ -116,7 +117,7 @@ def attend(
             HOLES=position is not None, ENDS=used is not None, SINKS=params.sinks is not None,
             CAPPED=params.softcap is not None, UPCAST=upcast, TELLS=told is not None,
             SOME=max(1, MERGED * tuning.warps // (group_pad * value_pad)), STAGES=tuning.stages,
-            num_warps=tuning.warps, num_stages=tuning.stages,
+            num_warps=tuning.warps, num_stages=tuning.stages, **launch(query.device),
         )  # fmt: skip
     return output.to(query.dtype)
 
@@ -169,13 +170,15 @@ def _attend(
     G: tl.constexpr, GP: tl.constexpr, M: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     DV: tl.constexpr, DVP: tl.constexpr, TILE: tl.constexpr, HOLES: tl.constexpr,
     ENDS: tl.constexpr, SINKS: tl.constexpr, CAPPED: tl.constexpr, UPCAST: tl.constexpr,
-    TELLS: tl.constexpr, SOME: tl.constexpr, STAGES: tl.constexpr,
+    TELLS: tl.constexpr, SOME: tl.constexpr, STAGES: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Attend over one chunk of one row's slots with the query heads of one key/value head.
 
     Args (beside strides and pointers):
         scale: of the logits, times log2(e). cap: of the scaled logits, times log2(e).
     """
+    let_next_start(EARLY)
+    wait_for_previous(EARLY)
     split, pair = tl.program_id(0), tl.program_id(1)
     batch, head = (pair // kv_heads).to(tl.int64), (pair % kv_heads).to(tl.int64)
     end = slots

@@ -17,6 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kvdock.kernels.overlap import launch, let_next_start, wait_for_previous
+
 EXACT = {"enable_fp_fusion": False}
 """No product and sum in one rounding: the model's operations do not fuse them either."""
 
@@ -42,7 +44,8 @@ def _normed(
     with torch.cuda.device_of(left):
         _rms_norm[(left.numel() // channels,)](
             left, right, output if total is None else total, weight, output, channels, eps,
-            BLOCK=block, ADD=total is not None, num_warps=min(16, max(1, block // 512)), **EXACT,
+            BLOCK=block, ADD=total is not None, num_warps=min(16, max(1, block // 512)),
+            **launch(left.device), **EXACT,
         )  # fmt: skip
     return output
 
@@ -55,7 +58,7 @@ def gated(gate: Tensor, up: Tensor) -> Tensor:
     with torch.cuda.device_of(gate):
         _gated[(rows, triton.cdiv(channels, block))](
             gate, up, output, gate.stride(-2), up.stride(-2), channels,
-            BLOCK=block, num_warps=4, **EXACT,
+            BLOCK=block, num_warps=4, **launch(gate.device), **EXACT,
         )  # fmt: skip
     return output
 
@@ -77,7 +80,8 @@ def rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor
     with torch.cuda.device_of(query):
         _rotate[(heads + kv_heads, batch)](
             query, key, cos, sin, turned_query, turned_key, heads, kv_heads,
-            dim if cos.shape[0] > 1 else 0, D=dim, HALF=half, num_warps=1, **EXACT,
+            dim if cos.shape[0] > 1 else 0, D=dim, HALF=half, num_warps=1, **launch(query.device),
+            **EXACT,
         )  # fmt: skip
     return turned_query.transpose(1, 2), turned_key.transpose(1, 2)
 
@@ -104,17 +108,22 @@ def append(
             *key.stride()[:2], *value.stride()[:2], heads, D=dim,
             DP=int(triton.next_power_of_2(dim)), DV=value_dim,
             DVP=int(triton.next_power_of_2(value_dim)), HOLES=hole is not None, num_warps=1,
+            **launch(key.device),
         )  # fmt: skip
 
 
 @triton.jit
 def _rms_norm(
-    left, right, total, weight, output, channels, eps, BLOCK: tl.constexpr, ADD: tl.constexpr
+    left, right, total, weight, output, channels, eps,
+    BLOCK: tl.constexpr, ADD: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
+    let_next_start(EARLY)
     at = tl.program_id(0).to(tl.int64) * channels
     c = tl.arange(0, BLOCK)
     inside = c < channels
     kind = output.dtype.element_ty
+    factor = tl.load(weight + c, mask=inside, other=0.0).to(tl.float32)
+    wait_for_previous(EARLY)
     states = tl.load(left + at + c, mask=inside, other=0.0).to(tl.float32)
     if ADD:
         states += tl.load(right + at + c, mask=inside, other=0.0).to(tl.float32)
@@ -123,12 +132,15 @@ def _rms_norm(
         states = rounded.to(tl.float32)
     scale = tl.rsqrt(tl.sum(states * states, 0) * (1.0 / channels) + eps)
     unit = (states * scale).to(kind).to(tl.float32)
-    factor = tl.load(weight + c, mask=inside, other=0.0).to(tl.float32)
     tl.store(output + at + c, (factor * unit).to(kind), mask=inside)
 
 
 @triton.jit
-def _gated(gate, up, output, gate_row, up_row, channels, BLOCK: tl.constexpr):
+def _gated(
+    gate, up, output, gate_row, up_row, channels, BLOCK: tl.constexpr, EARLY: tl.constexpr
+):  # fmt: skip
+    let_next_start(EARLY)
+    wait_for_previous(EARLY)
     row = tl.program_id(0).to(tl.int64)
     c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = c < channels
@@ -142,8 +154,10 @@ def _gated(gate, up, output, gate_row, up_row, channels, BLOCK: tl.constexpr):
 @triton.jit
 def _rotate(
     query, key, cos, sin, turned_query, turned_key, heads, kv_heads, turn_row,
-    D: tl.constexpr, HALF: tl.constexpr,
+    D: tl.constexpr, HALF: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
+    let_next_start(EARLY)
+    wait_for_previous(EARLY)
     head, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     kind = turned_query.dtype.element_ty
     d = tl.arange(0, HALF)
@@ -181,7 +195,10 @@ def _append(
     keys_batch, keys_head, values_batch, values_head, positions_batch, positions_head,
     key_batch, key_head, value_batch, value_head, heads,
     D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, HOLES: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
+    let_next_start(EARLY)
+    wait_for_previous(EARLY)
     head, row = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     slot = tl.load(used + row)
     if HOLES:
