@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kvdock.kernels.overlap import in_turn
+from kvdock.kernels.overlap import starting
 from kvdock.kernels.products_triton import Tile, gated_product, products
 from kvdock.kernels.step_triton import gated
 
@@ -33,7 +33,7 @@ class Group:
     def library(self, states: Tensor, weights: list[Tensor]) -> list[Tensor]:
         """Compute it as a captured step does without these kernels."""
         made = [F.linear(states, weight) for weight in weights]
-        with in_turn():
+        with starting(early=False):
             return [gated(*made)] if self.gated else made
 
     def kernel(self, states: Tensor, weights: list[Tensor], choice: Choice) -> list[Tensor]:
@@ -54,7 +54,7 @@ class Choice(NamedTuple):
 
     def order(self) -> AbstractContextManager[None]:
         """Return the context to launch it in."""
-        return nullcontext() if self.early else in_turn()
+        return starting(self.early)
 
     def __str__(self) -> str:
         tile = self.tile

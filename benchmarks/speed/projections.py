@@ -14,7 +14,6 @@ import json
 import math
 import time
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import nullcontext
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ from projection_grid import GROUPS, Choice, Group, choices, compile_one, worst
 from torch import Tensor
 
 from kvdock.kernels import step_triton
-from kvdock.kernels.overlap import in_turn
+from kvdock.kernels.overlap import starting
 
 Weights = dict[str, list[list[Tensor]]]
 SPENT = 6.0
@@ -205,7 +204,7 @@ def step_milliseconds(
             total, normed = step_triton.add_rms_norm(total, added, scale, 1e-5)
         return project("head", normed, 0)[0]
 
-    with nullcontext() if early else in_turn():
+    with starting(early):
         graph, output = captured(step)
     graph.replay()
     spans = []

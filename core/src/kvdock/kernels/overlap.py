@@ -25,7 +25,8 @@ try:
 except ImportError:  # a release that cannot wait, so `launch` never lets a kernel start early
     gdc_launch_dependents = gdc_wait = None
 
-_enabled = True
+_enabled = False
+"""Off until a GPU has shown that it is right and faster (`benchmarks/speed/projections.py`)."""
 
 
 def launch(device: torch.device) -> dict[str, Any]:
@@ -36,10 +37,10 @@ def launch(device: torch.device) -> dict[str, Any]:
 
 
 @contextmanager
-def in_turn() -> Iterator[None]:
-    """Let kernels launched inside the block start after their predecessors end."""
+def starting(early: bool) -> Iterator[None]:
+    """Let kernels launched inside the block start early, or after their predecessors end."""
     global _enabled
-    before, _enabled = _enabled, False
+    before, _enabled = _enabled, early
     try:
         yield
     finally:
