@@ -112,10 +112,10 @@ def exhaustive(session: nox.Session) -> None:
 
 @nox.session(default=False, reuse_venv=True, tags=["test"])
 def fuzz(session: nox.Session) -> None:
-    """Feed readers and writers 1000 hostile cases each; the last test counts them."""
+    """Feed readers and writers 500 hostile cases each; the last test counts them."""
     install(session, "general", *group("test"))
     # one process, so that one count holds them all
-    wanted = {"KVDOCK_FUZZ": "1000", "KVDOCK_FUZZ_TOTAL": "10000"}
+    wanted = {"KVDOCK_FUZZ": "500", "KVDOCK_FUZZ_TOTAL": "10000"}
     files = map(str, sorted(Path("benchmarks/tests/safety").glob("test_fuzz*.py")))
     session.run("pytest", "-rP", *files, *session.posargs, env=wanted)
 
