@@ -157,6 +157,8 @@ class Decoder:
                 self.frozen.thaw()
             self.frozen = FrozenCache(session.stores, room)
             self._fused = fuse() if self._capturing else None
+            if self._fused is not None:  # trials wait for the device, which a warm-up must not
+                self._fused.products.prepare(given["input_ids"].shape[0])
         frozen = self.frozen
         # every column of a step is real, so the forward needs no mask
         call = {name: value for name, value in given.items() if name != "attention_mask"}

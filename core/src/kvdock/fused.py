@@ -21,6 +21,7 @@ from kvdock.attention import dock_attention
 from kvdock.cache import KVHandle
 from kvdock.compat import CACHE
 from kvdock.layout import BatchLayout
+from kvdock.products import Products, products_of
 
 FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3")
 """Families whose attention rotates halves and whose layer is norm, attention, norm, MLP."""
@@ -35,10 +36,15 @@ class FusedStep:
 
     Args:
         kernels: the module of kernels, `kernels.step_triton`.
+        products: what runs several linear layers as one; by default each runs itself.
     """
 
-    def __init__(self, model: nn.Module, kernels: ModuleType) -> None:
+    def __init__(
+        self, model: nn.Module, kernels: ModuleType, products: Products | None = None
+    ) -> None:
         self._kernels = kernels
+        self.products = products or Products(None)
+        """Has to be prepared for a number of rows before it changes anything."""
         self._ready: tuple[Tensor, Tensor] | None = None
         """The last sum of a layer's states and the norm of it that the next module asks for."""
         self._verdicts: dict[Any, bool] = {}
@@ -83,13 +89,15 @@ class FusedStep:
                 if self._keep(module, self._norm(module), states):
                     normed.add(module)
             elif name.endswith("MLP") and hasattr(module, "down_proj"):
-                mlp = gated_mlp(module, self._kernels)
-                if mlp is not None:
-                    self._keep(module, mlp, hidden)
+                mlp = gated_mlp(module, self._kernels, self.products)
+                if mlp is not None and self._keep(module, mlp, hidden):
+                    self.products.add(openings(module), gated=True)
+                    self.products.add([module.down_proj])
             elif name in {f"{family}Attention" for family in FAMILIES}:
-                self._keep(
-                    module, self._attention(module), hidden, *_attention_case(module, hidden)
-                )
+                case = _attention_case(module, hidden)
+                if self._keep(module, self._attention(module), hidden, *case):
+                    self.products.add([module.q_proj, module.k_proj, module.v_proj])
+                    self.products.add([module.o_proj])
             elif name in {f"{family}DecoderLayer" for family in FAMILIES}:
                 layers.append(module)
         # a layer ends with the norm that the next one begins with
@@ -136,9 +144,9 @@ class FusedStep:
             **kwargs: Any,
         ) -> tuple[Tensor, None]:
             shape = (*hidden_states.shape[:-1], -1, module.head_dim)
-            query = module.q_proj(hidden_states).view(shape)
-            key = module.k_proj(hidden_states).view(shape)
-            value = module.v_proj(hidden_states).view(shape).transpose(1, 2)
+            layers = module.q_proj, module.k_proj, module.v_proj
+            query, key, value = (x.view(shape) for x in self.products(layers, hidden_states))
+            value = value.transpose(1, 2)
             query = module.q_norm(query) if norms[0] else query
             key = module.k_norm(key) if norms[1] else key
             query, key = self._kernels.rotate(query, key, *position_embeddings)
@@ -148,7 +156,7 @@ class FusedStep:
                 module, query, key, value, attention_mask, scaling=module.scaling, **kwargs
             )
             output = output.reshape(*hidden_states.shape[:-1], -1)
-            return module.o_proj(output), None
+            return self.products([module.o_proj], output)[0], None
 
         return forward
 
@@ -190,19 +198,29 @@ def agrees(
     return good
 
 
-def gated_mlp(module: Any, kernels: ModuleType) -> Callable[..., Any] | None:
+def openings(module: Any) -> list[nn.Module]:
+    """Return the layers that make gate and up, or the one that makes both."""
+    together = getattr(module, "gate_up_proj", None)
+    return [module.gate_proj, module.up_proj] if together is None else [together]
+
+
+def gated_mlp(
+    module: Any, kernels: ModuleType, products: Products | None = None
+) -> Callable[..., Any] | None:
     """Return an MLP whose gate is one kernel; None where the activation is another one."""
     activation = getattr(module, "act_fn", getattr(module, "activation_fn", None))
     if not isinstance(activation, nn.SiLU) and "SiLU" not in type(activation).__name__:
         return None
-    together = getattr(module, "gate_up_proj", None)
+    products = products or Products(None)
 
     def forward(x: Tensor) -> Any:
-        if together is None:
-            gate, up = module.gate_proj(x), module.up_proj(x)
-        else:
-            gate, up = together(x).chunk(2, dim=-1)
-        return module.down_proj(kernels.gated(gate, up))
+        layers = openings(module)
+        opened = products.gated(layers, x)
+        if opened is None:
+            made = [layer(x) for layer in layers]
+            gate, up = made if len(made) == 2 else made[0].chunk(2, dim=-1)
+            opened = kernels.gated(gate, up)
+        return products([module.down_proj], opened)[0]
 
     return forward
 
@@ -251,4 +269,4 @@ def fused_step(model: Any) -> FusedStep | None:
         from kvdock.kernels import step_triton
     except Exception:  # not installed, or broken: the model's own operations do the same
         return None
-    return FusedStep(model, step_triton)
+    return FusedStep(model, step_triton, products_of(model.device))

@@ -11,6 +11,7 @@ that was launched before.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -25,7 +26,7 @@ try:
 except ImportError:  # a release that cannot wait, so `launch` never lets a kernel start early
     gdc_launch_dependents = gdc_wait = None
 
-_enabled = False
+_enabled = os.environ.get("KVDOCK_EARLY") == "1"
 """Off until a GPU has shown that it is right and faster (`benchmarks/speed/projections.py`)."""
 
 
