@@ -18,15 +18,12 @@ from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from kvdock_bench.cluster_address import check_address
 from kvdock_bench.errors import BenchError
 from kvdock_bench.jobs import Job
 from kvdock_bench.placement import Place, Placement
 from kvdock_bench.team import Died, Event, Finished, Raised, Ready, harmless
 from kvdock_bench.worker import Facts, News, RemoteWorker, Setup
-
-_ANSWER_S = 3.0
-_HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes((0, 0, 0, 4, 0, 0, 0, 0, 0))
-"""How a gRPC client begins: HTTP/2's preface and empty settings."""
 
 
 class Actor:
@@ -190,13 +187,7 @@ def _init(**given: Any) -> None:
 
 def _join(address: str) -> None:
     """Connect to a running cluster, or say within seconds that there is none."""
-    if address.startswith("ray://"):
-        raise BenchError(
-            f"--ray-address {address}: pass the address of the cluster itself, as host:6379, and"
-            " run on one of its machines; Ray's client protocol cannot stream answers."
-        )
-    if address != "auto":
-        _ping(address)
+    check_address(address)
     try:
         _init(address=address)
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:
@@ -204,25 +195,6 @@ def _join(address: str) -> None:
         raise BenchError(
             f"--ray-address {address}: {reason} Start one with `ray start --head`."
         ) from error
-
-
-def _ping(address: str) -> None:
-    """Raise where nothing at the address speaks as Ray's server does; Ray itself waits minutes."""
-    host, colon, port = address.rpartition(":")
-    if not (colon and host and port.isdecimal() and int(port) < 1 << 16):
-        raise BenchError(f"--ray-address {address}: expected auto or host:port, as 10.0.0.1:6379.")
-    try:
-        with socket.create_connection((host, int(port)), timeout=_ANSWER_S) as connection:
-            connection.settimeout(_ANSWER_S)
-            connection.sendall(_HELLO)
-            greeting = connection.recv(9)
-    except OSError as error:
-        raise BenchError(
-            f"--ray-address {address}: nobody answers ({error}). Is the cluster up (`ray status`),"
-            " and does its firewall let this machine in?"
-        ) from error
-    if len(greeting) < 4 or greeting[3] != _HELLO[-6]:
-        raise BenchError(f"--ray-address {address}: something answers there, but it is not Ray.")
 
 
 def _needs(placement: Placement) -> list[dict[str, float]]:
