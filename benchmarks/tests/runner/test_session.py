@@ -1,4 +1,5 @@
 import json
+import time
 from dataclasses import replace
 
 import pytest
@@ -136,6 +137,62 @@ def test_out_of_memory_halves_the_batch(with_fake, failing_attach):
     assert {r["batch_size"] for r in found if r["method_id"] != "full"} == {1}
     assert {r["batch_size"] for r in found if r["method_id"] == "full"} == {3}
     assert all(r["error"] is None for r in found)
+
+
+def test_auto_halves_until_it_fits_and_remembers(with_fake, failing_attach):
+    tried = []
+
+    def fails(call, rows):
+        tried.append(rows)
+        return torch.OutOfMemoryError("CUDA out of memory") if rows > 1 else None
+
+    auto = replace(with_fake, batch_size="auto")
+    assert bench(auto, attach=failing_attach(fails)) == 0
+    found = records(with_fake.output_dir)
+    assert {r["batch_size"] for r in found if r["method_id"] == "full"} == {3}
+    assert {r["batch_size"] for r in found if r["method_id"] != "full"} == {1}
+    assert all(r["error"] is None for r in found)
+    assert len(found) == len({r["key"] for r in found}) == 2 * CELLS * SAMPLES
+    # one cell learns it for all longer ones: 3, then 2 and its halves
+    assert tried[:2] == [3, 2]
+    assert tried[2:] == [1] * CELLS * SAMPLES
+
+
+def test_an_answer_that_takes_too_long_is_an_error_and_no_other_is(with_fake, failing_attach):
+    def fails(call, rows):
+        if call == 4:
+            time.sleep(30)
+
+    limited = replace(with_fake, batch_size="1", time_limit=4.0)
+    begun = time.monotonic()
+    assert bench(limited, attach=failing_attach(fails)) == 1
+    assert time.monotonic() - begun < 25
+    found = [r for r in records(with_fake.output_dir) if r["error"] is not None]
+    assert [r["error"] for r in found] == ["TimeLimit: no answer within 4 s"]
+    assert found[0]["score"] is None
+    assert len(records(with_fake.output_dir)) == 2 * CELLS * SAMPLES
+    with pytest.raises(BenchError, match="--time_limit 0: expected seconds above 0"):
+        bench(replace(with_fake, time_limit=0.0, overwrite=True))
+
+
+def test_a_slow_batch_is_tried_in_halves(with_fake, failing_attach):
+    def fails(call, rows):
+        if call == 0:
+            time.sleep(60)
+
+    limited = replace(with_fake, batch_size="2", time_limit=2.0, limit=2)
+    assert bench(limited, attach=failing_attach(fails)) == 0
+    sizes = [r["batch_size"] for r in records(with_fake.output_dir) if r["method_id"] != "full"]
+    assert sorted(sizes) == [1, 1, 2, 2, 2, 2, 2, 2]
+
+
+def test_max_length_cuts_every_prompt(arguments):
+    bench(replace(arguments, max_length="500", limit=1))
+    found = records(arguments.output_dir)
+    assert {record["n_prompt_tokens"] for record in found} == {500}
+    assert {record["protocol"]["truncation"] for record in found} == {"middle:500"}
+    with pytest.raises(BenchError, match="max_length"):
+        bench(replace(arguments, max_length="600", limit=1, resume=True))
 
 
 def test_any_other_error_is_told_and_tried_again_on_resume(with_fake, failing_attach, capsys):
