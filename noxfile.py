@@ -105,7 +105,7 @@ def kernels(session: nox.Session) -> None:
 @nox.session(default=False, tags=["env"], reuse_venv=True)
 def exhaustive(session: nox.Session) -> None:
     """Run the long products and the full counts that the default sessions leave out."""
-    install(session, "general", *group("test"))
+    install(session, "general", *group("test"), extras="[longbench,peft,ray]")
     chosen = ("-m", "slow and not vllm and not built")
     session.run("pytest", *WORKERS, *chosen, *tests_of(packages_of("general")), *session.posargs)
 

@@ -96,9 +96,11 @@ def pinned(environment: str, package: str) -> str:
     return line
 
 
-def install(session: nox.Session, environment: str, *extra: str) -> None:
+def install(
+    session: nox.Session, environment: str, *extra: str, extras: str = "[longbench,peft]"
+) -> None:
     """Install an environment with our distributions in editable form."""
-    ours = editable(*packages_of(environment), extras="[longbench]")
+    ours = editable(*packages_of(environment), extras=extras)
     session.install(*pins(environment), *ours, *extra)
 
 
