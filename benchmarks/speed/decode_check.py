@@ -51,12 +51,18 @@ def check(args: argparse.Namespace) -> dict[str, str]:
     batch, (row, *_) = left_padded(LENGTHS)
     outcome = {}
     methods = args.methods or dict.fromkeys([*kvdock.available(), *FORMS])
-    checks = [(method, method, _check_one) for method in methods]
+    checks = [
+        (method if family == "llama" else f"{method} on {family}", Case(method, family), _check_one)
+        for family in args.families
+        for method in methods
+    ]
     # float32 is attended to in plain torch by some; their kernels serve half precision
-    checks += [(f"{method}, half", method, _check_half) for method in methods if method in FORMS]
-    for name, method, compare in checks:
+    if "llama" in args.families:
+        halves = [method for method in methods if method in FORMS]
+        checks += [(f"{method}, half", Case(method), _check_half) for method in halves]
+    for name, case, compare in checks:
         try:
-            outcome[name] = compare(method, on_gpu(batch), on_gpu(alone(row)))
+            outcome[name] = compare(case, on_gpu(batch), on_gpu(alone(row)))
         except Exception as error:
             outcome[name] = f"{type(error).__name__}: {error}"
         print("check", name, outcome[name], flush=True)
@@ -65,8 +71,7 @@ def check(args: argparse.Namespace) -> dict[str, str]:
     return outcome
 
 
-def _check_one(method: str, batch: dict[str, Any], row: dict[str, Any]) -> str:
-    case = Case(method)
+def _check_one(case: Case, batch: dict[str, Any], row: dict[str, Any]) -> str:
     model = case.model().cuda()
     runs: list[list[Any]] = []
     counts = []
@@ -88,14 +93,13 @@ def _check_one(method: str, batch: dict[str, Any], row: dict[str, Any]) -> str:
     return f"{'equal' if good else 'DIFFERENT'}: {same}, {captured} captures, failed {failed}"
 
 
-def _check_half(method: str, batch: dict[str, Any], row: dict[str, Any]) -> str:
+def _check_half(case: Case, batch: dict[str, Any], row: dict[str, Any]) -> str:
     """Compare captured steps with the same fixed shapes uncaptured, and say how eager ones agree.
 
     Eager steps share a row's tokens among another number of programs, which rounds differently: in
     half precision a random model's tokens then part somewhere, while they have to be those of the
     same kernels without a graph.
     """
-    case = Case(method)
     model = case.model().cuda().half()
     runs: dict[str, list[Any]] = {}
     for kind, mode, frozen in (

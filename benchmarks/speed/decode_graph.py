@@ -35,7 +35,7 @@ from transformers import LogitsProcessorList, StaticCache
 
 import kvdock
 from kvdock import graph
-from kvdock.testing import Case, generate, left_padded
+from kvdock.testing import FAMILIES, Case, generate, left_padded
 
 CASE = ("system", "graph", "batch", "length", "budget", "start")
 
@@ -248,6 +248,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("sections", nargs="+", choices=sorted(SECTIONS))
     parser.add_argument("--methods", nargs="+")
+    parser.add_argument("--families", nargs="+", choices=FAMILIES, default=["llama"])
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--length", type=int, default=32_768)
     parser.add_argument("--budget", type=int, default=2048)
