@@ -53,7 +53,9 @@ def main() -> None:
         record["times"] += attempt(f"stages {length}", time_stages, length, args.mode) or []
     variants = compat_variants if args.mode == "compat" else exact_variants
     for length in args.lengths if args.variants else ():
-        made = attempt(f"variants {length}", lambda n=length: time_variants(n, *variants(n)))
+        made = attempt(
+            f"variants {length}", lambda n=length: time_variants(n, *variants(n), args.kernels)
+        )
         record["variants"] += made or []
     if args.out:
         Path(args.out).write_text(json.dumps(record, indent=1) + "\n")
@@ -171,6 +173,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--lengths", type=int, nargs="+", default=[32_768, 65_536, 131_072])
     parser.add_argument("--mode", choices=("exact", "compat"), default="exact")
     parser.add_argument("--variants", action="store_true", help="time the kernels' variants too")
+    parser.add_argument("--kernels", nargs="+", help="time variants of these alone")
     parser.add_argument("--out", help="write the numbers to this JSON file")
     return parser.parse_args()
 

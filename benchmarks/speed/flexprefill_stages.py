@@ -28,11 +28,14 @@ EMIT = [{"emit_columns": columns} for columns in (64, 128, 256, 512, 1024)]
 POOL = [{"pool_warps": warps} for warps in (1, 2, 4, 8)]
 SCORES = [{"score_tile": size} for size in (32, 64, 128)]
 MASSES = [
-    {"mass_keys": keys, "mass_warps": warps, "mass_stages": stages, "programs": programs}
-    for keys, warps in ((16, 4), (16, 8), (32, 4), (32, 8), (64, 8), (64, 16), (128, 16))
+    {
+        "mass_parts": parts, "mass_warps": warps, "mass_stages": stages,
+        "mass_programs": programs, "mass_registers": registers,
+    }
+    for parts, warps, registers in ((2, 4, None), (1, 4, None), (1, 4, 160), (2, 8, None))
     for stages in (2, 3)
-    for programs in (132, 264, 528)
-]
+    for programs in (264, 528, 1056)
+]  # fmt: skip
 CHOOSE = [
     {"entries": entries, "entry_warps": warps} for entries in (4096, 8192) for warps in (8, 16, 32)
 ]
@@ -111,11 +114,11 @@ def compat_stages(problem: Problem) -> dict[str, Callable[[], Any]]:
     """Return the stages of compat mode, each fed with what those before it left."""
     level, mean = compat.levels(problem)
     mass = compat.masses(problem, level)
-    chosen, aware, *_ = compat.choose(problem, mass, mean)
+    chosen, aware, *_ = compat.choose(problem, *mass, mean)
     stages: dict[str, Callable[[], Any]] = {
         "levels": lambda: compat.levels(problem),
         "masses": lambda: compat.masses(problem, level),
-        "choose": lambda: compat.choose(problem, mass, mean),
+        "choose": lambda: compat.choose(problem, *mass, mean),
     }
     if problem.options.tau == 0:
         stages["emit"] = lambda: compat.emit(problem, chosen, aware)
@@ -163,13 +166,14 @@ def compat_variants(length: int) -> tuple[Problem, Variants]:
     base = aware_problem(length, "compat")
     level, mean = compat.levels(base)
     mass = compat.masses(base, level)
-    chosen, aware, *_ = compat.choose(base, mass, mean)
+    chosen, aware, *_ = compat.choose(base, *mass, mean)
     means = launch.pool(base, aware)
     shares = compat.row_shares(base, *means, aware)
     edges = compat.find_edges(base, aware, shares)
     return base, [
+        ("levels", LEVELS, compat.levels, 0.0),
         ("masses", MASSES, lambda p: compat.masses(p, level), 0.0),
-        ("choose", CHOOSE, lambda p: compat.choose(p, mass, mean), 0.0),
+        ("choose", CHOOSE, lambda p: compat.choose(p, *mass, mean), 0.0),
         ("shares", SHARES, lambda p: compat.row_shares(p, *means, aware), 0.0),
         ("edges", EDGES, lambda p: compat.find_edges(p, aware, shares), 0.0),
         ("emit", EMIT, lambda p: compat.emit(p, chosen, aware, shares, edges), 0.0),
@@ -183,10 +187,14 @@ def aware_problem(length: int, mode: str) -> Problem:
     return Problem(q, k, HEAD_DIM**-0.5, options)
 
 
-def time_variants(length: int, base: Problem, kernels: Variants) -> list[dict[str, Any]]:
-    """Time the variants of every kernel."""
+def time_variants(
+    length: int, base: Problem, kernels: Variants, names: list[str] | None = None
+) -> list[dict[str, Any]]:
+    """Time the variants of every kernel, or of the named ones."""
     rows = []
     for name, variants, run, overhead in kernels:
+        if names is not None and name not in names:
+            continue
         timed = []
         for changes in variants:
             problem = replace(base, tuning=replace(DEFAULT, **changes))

@@ -93,8 +93,46 @@ def runs():
     yield "compat, long searches, offsets", apart(*draw(17, **long), NARROW, tau=0.0, **compat)
     ties = apart(query, torch.full_like(key, 0.5), NARROW, tau=1.0, **{**compat, "gamma": 0.45})
     yield "compat, long searches, equal keys", ties
+    single = Tuning(mass_parts=1, mass_programs=4)
+    yield "compat, narrow tiles", apart(*draw(18, **long), single, tau=0.0, **wide)
+    many = Tuning(mass_programs=4096)
+    yield "compat, many programs", apart(*draw(19, **long), many, tau=0.15, **wide)
+    chunk = {**float32, "q": 200, "n": 450}
+    yield "compat, masses", masses_apart(*draw(20, **chunk), DEFAULT)
+    yield (
+        "compat, masses, narrow tiles, few queries",
+        masses_apart(*draw(21, **{**chunk, "q": 100}), Tuning(mass_parts=1, mass_programs=8)),
+    )
     yield "compat, counts", counts(DEFAULT)
     yield "compat, counts by long searches", counts(Tuning(slots=2))
+
+
+def masses_apart(query, key, tuning):
+    """Count the masses of tokens and offsets that are not those of all probabilities."""
+    options, scaling = FlexPrefillOptions(mode="compat"), query.shape[-1] ** -0.5
+    problem = Problem(query, key, scaling, options, tuning)
+    mass, seams, span = compat.masses(problem, compat.levels(problem)[0])
+    (pairs, blocks, block), n = mass.shape[1:], key.shape[2]
+    tokens, offsets = mass.flatten(2)
+    for part in range(seams.shape[1] - 1):
+        end = blocks * block - (part + 1) * span
+        begin = max(0, end - block)
+        offsets[:, begin:end] += seams[:, part, begin - end :]
+    r = min(block, query.shape[2])
+    scores = query[:, :, -r:].double() @ key.double().transpose(2, 3) * scaling
+    q, k = torch.arange(n - r, n, device=DEVICE)[:, None], torch.arange(n, device=DEVICE)
+    share = scores.masked_fill(k > q, float("-inf")).softmax(-1).flatten(0, 1) / r
+    place = (q - k + blocks * block - n).clamp_min(0).expand(pairs, -1, -1)
+    by_offset = share.new_zeros(pairs, blocks * block).scatter_add_(
+        1, place.flatten(1), share.flatten(1)
+    )
+    apart = [
+        int(((found - wanted).abs() > 1e-6).sum())
+        for found, wanted in ((tokens[:, :n], share.sum(1)), (offsets, by_offset))
+    ]
+    return {"blocks": sum(apart), "listed": n, "aware": 0, "heads": 0} | {
+        "ascending": seams.shape[1] > 1, "permutation": True,
+    }  # fmt: skip
 
 
 def counts(tuning):
@@ -103,15 +141,20 @@ def counts(tuning):
         [0.5, 0.3, 0.15, 0.05], [0.5, 0.25, 0.15, 0.1], [0.125] * 8, [0.0, 0.75, 0.0, 0.125],
         [0.25, 0.0625, 0.25, 0.0625, 0.25, 0.125],
     )  # fmt: skip
-    parts = torch.zeros(3, len(tables), 2, 16, device=DEVICE)
+    mass = torch.zeros(2, len(tables), 2, 16, device=DEVICE)
     for pair, table in enumerate(tables):
-        parts[0, pair, 0, : len(table)] = parts[1, pair, 1, : len(table)] = torch.tensor(table)
-    mass, apart, seen = parts[:2].clone(), 0, 0
+        mass[0, pair, 0, : len(table)] = mass[1, pair, 0, : len(table)] = torch.tensor(table)
+    seams = mass.new_zeros(len(tables), 2, 16)
+    seams[:, 0] = mass[1, :, 0] / 2
+    apart = seen = 0
     states = torch.zeros(1, len(tables), 32, 16, device=DEVICE)
     for gamma in (0.5, 0.75, 0.8, 0.875):
         options = FlexPrefillOptions(block=16, gamma=gamma)
         problem = Problem(states, states, 1.0, options, tuning)
-        _, _, sums, found = compat.choose(problem, parts, parts.new_zeros(len(tables), 2))
+        parts = mass.clone()
+        parts[1, :, 0] /= 2  # the other half is the first program's
+        means = parts.new_zeros(len(tables), 2)
+        _, _, sums, found = compat.choose(problem, parts, seams, 16, means)
         wanted = published_count(mass.flatten(2), gamma)
         apart += int((found != wanted).sum() + (sums != mass.sum(-1)).sum())
         seen += int(wanted.sum())

@@ -24,7 +24,7 @@ def select(problem: Problem) -> BlockLists:
 def decide(problem: Problem) -> tuple[Tensor, Tensor]:
     """Return what `launch.decide` returns, by the published counts."""
     level, mean = levels(problem)
-    return choose(problem, masses(problem, level), mean)[:2]
+    return choose(problem, *masses(problem, level), mean)[:2]
 
 
 def levels(problem: Problem) -> tuple[Tensor, Tensor]:
@@ -50,30 +50,33 @@ def levels(problem: Problem) -> tuple[Tensor, Tensor]:
     return level, mean
 
 
-def masses(problem: Problem, level: Tensor) -> Tensor:
-    """Return masses per token, and per offset in parts, float32 [B / KEYS + 2, b·H, Nk, B]."""
+def masses(problem: Problem, level: Tensor) -> tuple[Tensor, Tensor, int]:
+    """Return masses per token and offset, float32 [2, b·H, Nk, B], seams and keys between seams.
+
+    The seams, float32 [b·H, S, B], have to be added to the masses of offsets.
+    """
     query, key, grid, tuning = problem.query, problem.key, problem.grid, problem.tuning
-    pairs, keys = problem.pairs, mass_keys(problem)
-    mass = level.new_empty(grid.block // keys + 2, pairs, grid.key_blocks, grid.block)
+    pairs, keys = problem.pairs, grid.block // 4 * tuning.mass_parts
+    mass = level.new_empty(2, pairs, grid.key_blocks, grid.block)
     tiles = grid.key_blocks * grid.block // keys
-    share = triton.cdiv(tiles, max(1, min(tiles, tuning.programs // pairs)))
-    compat_kernels.tile_masses[(pairs, triton.cdiv(tiles, share))](
-        query, key, level, mass, *query.stride()[:3], *key.stride()[:3],
+    share = triton.cdiv(tiles, max(1, min(tiles, tuning.mass_programs // pairs)))
+    share = max(share, grid.block // keys)
+    parts = triton.cdiv(tiles, share)
+    seams = level.new_empty(pairs, parts, grid.block)
+    compat_kernels.tile_masses[(pairs, parts)](
+        query, key, level, mass, seams, *query.stride()[:3], *key.stride()[:3],
         pairs, query.shape[1], min(grid.block, grid.queries), grid.queries, grid.keys, tiles,
         share, level.shape[1], problem.scaling * LOG2E,
         GROUP=problem.group, HEAD_DIM=query.shape[3], PADDED=problem.padded, BLOCK=grid.block,
         KEYS=keys, STAGES=tuning.mass_stages, UPCAST=upcast(query), num_warps=tuning.mass_warps,
         maxnreg=tuning.mass_registers,
     )  # fmt: skip
-    return mass
+    return mass, seams, share * keys
 
 
-def mass_keys(problem: Problem) -> int:
-    """Return the keys per step of the second pass."""
-    return min(problem.tuning.mass_keys, problem.options.block)
-
-
-def choose(problem: Problem, mass: Tensor, mean: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def choose(
+    problem: Problem, mass: Tensor, seams: Tensor, span: int, mean: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return verticals and slashes, query-aware heads, and what they were chosen by.
 
     Returns:
@@ -88,9 +91,9 @@ def choose(problem: Problem, mass: Tensor, mean: Tensor) -> tuple[Tensor, Tensor
     aware = mass.new_empty(pairs, dtype=torch.int8)
     chunk = max(grid.block, min(tuning.entries, triton.next_power_of_2(blocks) * grid.block))
     compat_kernels.choose[(pairs, 2)](
-        mass, mean, sums, counted, new_slots(problem, 2 * pairs), chosen, aware,
-        pairs, grid.keys, blocks, single(options.gamma), options.tau, *options.bounds(blocks),
-        BLOCK=grid.block, KEYS=mass_keys(problem), CHUNK=chunk, SLOTS=problem.tuning.slots,
+        mass, seams, mean, sums, counted, new_slots(problem, 2 * pairs), chosen, aware,
+        pairs, grid.keys, blocks, span, seams.shape[1], single(options.gamma), options.tau,
+        *options.bounds(blocks), BLOCK=grid.block, CHUNK=chunk, SLOTS=problem.tuning.slots,
         WIDTH=problem.width, PUBLISHED=PUBLISHED_BLOCK, PATTERN=options.tau > 0,
         num_warps=tuning.entry_warps,
     )  # fmt: skip

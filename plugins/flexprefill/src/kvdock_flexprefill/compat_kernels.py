@@ -90,13 +90,48 @@ def _joined_level(level, r, real, parts, rows, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _quarters(share, BLOCK: tl.constexpr, KEYS: tl.constexpr):
+    """Cut a tile [B, KEYS], rows in the order of `tile_masses`, into four [B/4, B/4, ·].
+
+    What is cut apart lies in different registers of the same threads: nothing moves.
+    """
+    PART: tl.constexpr = BLOCK // 4
+    WARPS: tl.constexpr = max(1, BLOCK // 32)
+    cut = tl.reshape(share, (2, WARPS, 2, PART // WARPS, KEYS // PART, PART))
+    cut = tl.permute(cut, (1, 3, 5, 4, 0, 2))
+    even, odd = tl.split(tl.reshape(cut, (PART, PART, KEYS // PART, 2, 2)))
+    zero, two = tl.split(even)
+    one, three = tl.split(odd)
+    return zero, one, two, three
+
+
+@triton.jit
+def _turned_sum(tile, PART: tl.constexpr, STEPS: tl.constexpr):
+    """Turn row b of [B/4, B/4, STEPS] by b places, offsets being columns then, and add the rows."""
+    b, x = tl.arange(0, PART), tl.arange(0, PART)
+    places = ((b[:, None] - x[None, :]) & (PART - 1))[:, :, None]
+    places = tl.broadcast_to(places, (PART, PART, STEPS))
+    return tl.sum(tl.gather(tile, places, 1), 0)
+
+
+@triton.jit
 def _tile_mass(
-    query, lse, k_base, k_row, mass, one, t, tiles, k_length, scale, d,
+    query, lse, k_base, k_row, tokens, offsets, t, tiles, k_length, scale, r, d,
+    one, two, three, last,
     HEAD_DIM: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr, KEYS: tl.constexpr,
     WHOLE: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Write the mass of each of ``KEYS`` tokens, and their parts of the mass of each offset."""
-    c, r = tl.arange(0, KEYS), tl.arange(0, BLOCK)
+    """Write the mass of each of ``KEYS`` tokens, and that of each offset no later key adds to.
+
+    Args:
+        one, two, three, last: float32 [B/4, B/4], sums of quarters on a diagonal of which one, two,
+            three and all four have been met.
+
+    Returns:
+        The same for the next tile.
+    """
+    PART: tl.constexpr = BLOCK // 4
+    c, b = tl.arange(0, KEYS), tl.arange(0, PART)
     column = t * KEYS + c
     base = k_base + tl.cast(t * KEYS, tl.int64) * k_row
     key = tile(base, k_row, c, column < k_length, d, HEAD_DIM, PADDED, WHOLE, UPCAST)
@@ -104,19 +139,36 @@ def _tile_mass(
     share = tl.exp2(logits - lse[:, None])
     if not WHOLE:
         share = tl.where(column[None, :] <= (k_length - BLOCK + r)[:, None], share, 0.0)
-    tl.store(mass + column, tl.sum(share, 0))
-    # turn row r by r places: entry x holds an offset r − c that is x modulo KEYS
-    turned = tl.gather(share, (r[:, None] - c[None, :]) & (KEYS - 1), 1)
-    part = BLOCK // KEYS - (r[:, None] - c[None, :] + KEYS) // KEYS
-    for e in tl.static_range(0, BLOCK // KEYS + 1):
-        own = tl.sum(tl.where(part == e, turned, 0.0), 0)
-        place = (tiles - 1 - t - e) * KEYS + c
-        tl.store(mass + (e + 1) * one + place, own, mask=place >= 0)
+    tl.store(tokens + column, tl.sum(share, 0))
+    a_zero, a_one, a_two, a_three = _quarters(share, BLOCK, KEYS)
+    # of a diagonal's quarters, what lies below its middle belongs to the offsets after it
+    upper = b[:, None] >= b[None, :]
+    if KEYS == PART:
+        full = tl.reshape(a_three, (PART, PART)) + three
+        met = tl.where(upper, full, last)[:, :, None]
+        three = tl.reshape(a_two, (PART, PART)) + two
+        two = tl.reshape(a_one, (PART, PART)) + one
+        one, last = tl.reshape(a_zero, (PART, PART)), full
+    else:
+        tl.static_assert(KEYS == 2 * PART)
+        zero_left, zero_right = tl.split(a_zero)
+        one_left, one_right = tl.split(a_one)
+        two_left, two_right = tl.split(a_two)
+        three_left, three_right = tl.split(a_three)
+        full, next_full = three_left + three, three_right + (two_left + two)
+        met = tl.join(tl.where(upper, full, last), tl.where(upper, next_full, full))
+        three = two_right + (one_left + one)
+        two = one_right + zero_left
+        one, last = zero_right, next_full
+    own = _turned_sum(met, PART, KEYS // PART)
+    chunk = (tiles - t) * (KEYS // PART) - 1 - tl.arange(0, KEYS // PART)
+    tl.store(offsets + chunk[None, :] * PART + b[:, None], own)
+    return one, two, three, last
 
 
 @triton.jit(do_not_specialize=(*LENGTHS, "tiles", "parts"))
 def tile_masses(
-    q, k, level, mass,
+    q, k, level, mass, seams,
     q_batch, q_head, q_row, k_batch, k_head, k_row,
     pairs, heads, rows, q_length, k_length, tiles, share, parts, scale,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr,
@@ -124,43 +176,62 @@ def tile_masses(
 ):  # fmt: skip
     """Write `_tile_mass` of ``share`` tiles of keys; heads of a group run side by side.
 
+    Queries are dealt to rows so that each thread of four warps holds one of every quarter.
+
     Args:
         level: of `part_levels`.
-        mass: float32 [B / KEYS + 2, pairs, Nk, B], per token, and in parts per offset, counted from
-            the far end; part e is not written at its last e · KEYS places.
+        mass: float32 [2, pairs, Nk, B], per token, and per offset, counted from the far end.
+        seams: float32 [pairs, S, B], what this program's keys add to the offsets that the next
+            program writes first, those of the B places before Nk · B − its first key.
     """
+    PART: tl.constexpr = BLOCK // 4
+    WARPS: tl.constexpr = max(1, BLOCK // 32)
     pair = tl.program_id(0).to(tl.int64)
     batch, head = pair // heads, pair % heads
-    r, d = tl.arange(0, BLOCK), tl.arange(0, PADDED)
+    p, d = tl.arange(0, BLOCK), tl.arange(0, PADDED)
+    EIGHT: tl.constexpr = PART // WARPS
+    r = (p // (BLOCK // 2) * 2 + p // EIGHT % 2) * PART
+    r += p // (2 * EIGHT) % WARPS * EIGHT + p % EIGHT
     real = r >= BLOCK - rows
     level += pair * parts * BLOCK
     lse = _joined_level(level, r - (BLOCK - rows), real, parts, rows, BLOCK)
     q_base = q + batch * q_batch + head * q_head + tl.cast(q_length - BLOCK, tl.int64) * q_row
     query = tile(q_base, q_row, r, real, d, HEAD_DIM, PADDED, False, UPCAST)
     k_base = k + batch * k_batch + (head // GROUP) * k_head
-    mass += pair * tiles * KEYS
-    one = tl.cast(pairs, tl.int64) * tiles * KEYS
+    tokens = mass + pair * tiles * KEYS
+    offsets = tokens + tl.cast(pairs, tl.int64) * tiles * KEYS
     begin = tl.program_id(1) * share
     end = tl.minimum(begin + share, tiles)
     # tiles that all queries see to their end
     middle = tl.minimum(tl.maximum((k_length - rows + 1) // KEYS, begin), end)
+    one, two = tl.zeros([PART, PART], tl.float32), tl.zeros([PART, PART], tl.float32)
+    three, last = tl.zeros([PART, PART], tl.float32), tl.zeros([PART, PART], tl.float32)
     for t in tl.range(begin, middle, num_stages=STAGES):
-        _tile_mass(
-            query, lse, k_base, k_row, mass, one, t, tiles, k_length, scale, d,
-            HEAD_DIM, PADDED, BLOCK, KEYS, True, UPCAST,
+        one, two, three, last = _tile_mass(
+            query, lse, k_base, k_row, tokens, offsets, t, tiles, k_length, scale, r, d,
+            one, two, three, last, HEAD_DIM, PADDED, BLOCK, KEYS, True, UPCAST,
         )  # fmt: skip
     for t in tl.range(middle, end, num_stages=1):
-        _tile_mass(
-            query, lse, k_base, k_row, mass, one, t, tiles, k_length, scale, d,
-            HEAD_DIM, PADDED, BLOCK, KEYS, False, UPCAST,
+        one, two, three, last = _tile_mass(
+            query, lse, k_base, k_row, tokens, offsets, t, tiles, k_length, scale, r, d,
+            one, two, three, last, HEAD_DIM, PADDED, BLOCK, KEYS, False, UPCAST,
         )  # fmt: skip
+    if end < tiles:
+        b = tl.arange(0, PART)
+        upper = b[:, None] >= b[None, :]
+        seam = seams + (pair * tl.num_programs(1) + tl.program_id(1)) * BLOCK + b
+        for chunk in tl.static_range(0, 4):
+            met = tl.where(upper, three, last)[:, :, None]
+            own = tl.reshape(_turned_sum(met, PART, 1), (PART,))
+            tl.store(seam + (3 - chunk) * PART, own)
+            last, three, two, one = three, two, one, tl.zeros_like(one)
 
 
-@triton.jit(do_not_specialize=("pairs", "k_length", "blocks", "least", "most"))
+@triton.jit(do_not_specialize=("pairs", "k_length", "blocks", "span", "parts", "least", "most"))
 def choose(
-    mass, mean, sums, count, slots, chosen, aware,
-    pairs, k_length, blocks, gamma, tau, least, most,
-    BLOCK: tl.constexpr, KEYS: tl.constexpr, CHUNK: tl.constexpr, SLOTS: tl.constexpr,
+    mass, seams, mean, sums, count, slots, chosen, aware,
+    pairs, k_length, blocks, span, parts, gamma, tau, least, most,
+    BLOCK: tl.constexpr, CHUNK: tl.constexpr, SLOTS: tl.constexpr,
     WIDTH: tl.constexpr, PUBLISHED: tl.constexpr, PATTERN: tl.constexpr,
 ):  # fmt: skip
     """Choose one head's verticals, or slashes, and say whether it is query-aware.
@@ -168,7 +239,7 @@ def choose(
     Counted are the largest tokens, or offsets, with a sum ≤ gamma, plus one.
 
     Args:
-        mass: of `tile_masses`; the parts of the offsets are joined here.
+        mass, seams: of `tile_masses`, joined here; ``parts`` programs had ``span`` keys each.
         sums: float32 [2, 2, pairs, Nk], the masses of blocks, and of verticals again.
         count: int32 [2, pairs]. slots: int32 [2, pairs, 1 + SLOTS].
         chosen: int8 [2, pairs, Nk], verticals and slashes. aware: int8 [pairs].
@@ -187,10 +258,11 @@ def choose(
         place = (start + b)[:, None] * BLOCK + c[None, :]
         part = tl.load(mass + place, mask=inside[:, None], other=0.0)
         if kind == 1:
-            for e in tl.static_range(1, BLOCK // KEYS + 1):
-                written = place < entries - e * KEYS
-                part += tl.load(mass + e * one_part + place, mask=written, other=0.0)
-            tl.store(mass + place, part, mask=inside[:, None])
+            back = entries - 1 - place
+            seam, at = back // span - 1, BLOCK - 1 - back % span
+            joined = inside[:, None] & (seam >= 0) & (at >= 0)
+            part += tl.load(seams + (pair * parts + seam) * BLOCK + at, mask=joined, other=0.0)
+            tl.store(mass + place, part, mask=joined)
         own = tl.sum(part, 1)
         total += own.to(tl.float64)
         tl.store(sums + start + b, own, mask=inside)

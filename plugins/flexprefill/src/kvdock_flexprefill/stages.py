@@ -26,8 +26,10 @@ class Tuning:
         warps, stages, registers: of the first kernel, which does nearly all the arithmetic.
         decide_warps, chunk: of the second kernel; rows of log-sum-exps read at a time.
         emit_columns: list columns per warp of the last kernel.
-        mass_keys, mass_stages, mass_warps, mass_registers: keys per step of compat's second pass
-            over the scores, and how it is compiled.
+        mass_parts, mass_programs: keys per step of compat's second pass over the scores, in
+            quarters of a block (1 or 2), and how many programs share the keys of all heads.
+        mass_stages, mass_warps, mass_registers: how it is compiled. Four warps hold the quarters
+            of a tile in registers.
         share_rows: block rows of compat's pooled attention per program.
         entries, slots, entry_warps, edge_warps: values that compat's two searches read at a time,
             values that they end with in registers, and the warps of either.
@@ -42,7 +44,8 @@ class Tuning:
     pool_warps: int = 4
     score_tile: int = 64
     emit_columns: int = 256
-    mass_keys: int = 32
+    mass_parts: int = 2
+    mass_programs: int = 264
     mass_stages: int = 3
     mass_warps: int = 4
     mass_registers: int | None = None
