@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+
 import torch
 import triton
 from torch import Tensor
@@ -156,4 +158,4 @@ def emit(
 
 def single(value: float) -> float:
     """Return a number rounded to float32, as torch compares it with such a sum."""
-    return float(torch.tensor(value, dtype=torch.float32))
+    return ctypes.c_float(value).value

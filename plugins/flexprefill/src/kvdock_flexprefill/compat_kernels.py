@@ -14,8 +14,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kvdock_flexprefill.kernels import covering, entropy, tile
-from kvdock_flexprefill.search_kernels import find, room_at
+from kvdock_flexprefill.kernels import entropy, tile
+from kvdock_flexprefill.search_kernels import find, largest, room_at
 
 LENGTHS = ("rows", "q_length", "k_length", "share")
 """As in `kernels.py`."""
@@ -291,6 +291,5 @@ def choose(
         if kind == 0:
             tl.store(aware + pair, trusted.to(tl.int8))
         wanted = tl.where(trusted, least, wanted)
-    order = tl.where(j == 0, 2.0, own)
-    kept = covering(own, order, inside, 0.0, wanted, wanted, WIDTH)
+    kept = largest(tl.where(j == 0, 1.5, own), inside, wanted)
     tl.store(chosen + (kind * pairs + pair) * blocks + j, kept.to(tl.int8), mask=inside)

@@ -25,13 +25,34 @@ def guess_edge(values, entries, rest, CHUNK: tl.constexpr):
     bits = part.to(tl.int32, bitcast=True)
     rest = rest / stride
     edge, step = entries * 0, entries * 0 + (1 << 28)
+    n = tl.arange(0, 4)
     for _ in range(6):
-        low = edge
-        for n in tl.static_range(1, 4):
-            below = tl.sum(tl.where(bits < low + n * step, part, 0.0), 0)
-            edge += tl.where(below <= rest, step, 0)
+        above = edge + (n + 1) * step
+        below = tl.sum(tl.where(bits[None, :] < above[:, None], part[None, :], 0.0), 1)
+        edge += step * tl.sum(((below <= rest) & (n < 3)).to(tl.int32), 0)
         step = step // 4
     return edge
+
+
+@triton.jit
+def largest(values, inside, wanted):
+    """Mark the ``wanted`` largest entries [WIDTH], all of at least 0 and less than 2.
+
+    Of equal entries the first ones. Two bits of the smallest are found at a time.
+    """
+    bits = tl.where(inside, values.to(tl.int32, bitcast=True), -1)
+    edge, step = wanted * 0, wanted * 0 + (1 << 28)
+    for _ in range(15):
+        # three counts, of less than 2^20, in one sum
+        over = (bits >= edge + step).to(tl.int64) + ((bits >= edge + 2 * step).to(tl.int64) << 20)
+        counts = tl.sum(over + ((bits >= edge + 3 * step).to(tl.int64) << 40), 0)
+        digit = ((counts & 0xFFFFF) >= wanted).to(tl.int32)
+        digit += (((counts >> 20) & 0xFFFFF) >= wanted).to(tl.int32)
+        edge += step * (digit + ((counts >> 40) >= wanted).to(tl.int32))
+        step = step // 4
+    above, equal = bits > edge, (bits == edge) & inside
+    missing = wanted - tl.sum(above.to(tl.int32), 0)
+    return above | (equal & (tl.cumsum(equal.to(tl.int32), 0) <= missing))
 
 
 @triton.jit
@@ -67,7 +88,7 @@ def gather(values, entries, low, high, slots, CHUNK: tl.constexpr):
         inside = start + e < entries
         bits = tl.load(values + start + e, mask=inside, other=0.0).to(tl.int32, bitcast=True)
         inside = inside & (bits >= low) & (bits < high)
-        place = tl.atomic_add(slots + e * 0, 1, mask=inside)
+        place = tl.atomic_add(slots + e * 0, 1, mask=inside, sem="relaxed", scope="cta")
         tl.store(slots + 1 + place, bits, mask=inside)
     tl.debug_barrier()
 
@@ -119,12 +140,14 @@ def find(values, entries, whole, limit, slots, CHUNK: tl.constexpr, SLOTS: tl.co
         s = tl.arange(0, SLOTS)
         bits = tl.load(slots + 1 + s, mask=s < inside, other=-1)
         part = tl.where(bits >= 0, bits.to(tl.float32, bitcast=True), 0.0).to(tl.float64)
-        while high - low > 1:
-            middle = low + (high - low) // 2
-            found = held + tl.sum(tl.where(bits >= middle, part, 0.0), 0)
-            enough = found.to(tl.float32) > limit
-            low = tl.where(enough, middle, low)
-            high = tl.where(enough, high, middle)
+        n = tl.arange(0, 4)
+        while high - low > 1:  # by fifths
+            step = (high - low + 4) // 5
+            edge = tl.minimum(low + (n + 1) * step, high)
+            found = tl.sum(tl.where(bits[None, :] >= edge[:, None], part[None, :], 0.0), 1)
+            enough = tl.sum(((held + found).to(tl.float32) > limit).to(tl.int32), 0)
+            low += enough * step  # `high` is not enough
+            high = tl.minimum(low + step, high)
         held += tl.sum(tl.where(bits > low, part, 0.0), 0)
         larger += tl.sum((bits > low).to(tl.int32), 0)
         equal = tl.sum((bits == low).to(tl.int32), 0)
