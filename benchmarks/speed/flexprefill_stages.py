@@ -34,7 +34,7 @@ MASSES = [
     }
     for parts, warps, registers in ((2, 4, None), (1, 4, None), (1, 4, 160), (2, 8, None))
     for stages in (2, 3)
-    for programs in (264, 528, 1056)
+    for programs in (264, 396, 528)
 ]  # fmt: skip
 CHOOSE = [
     {"entries": entries, "entry_warps": warps} for entries in (4096, 8192) for warps in (8, 16, 32)

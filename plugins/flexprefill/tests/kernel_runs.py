@@ -93,10 +93,6 @@ def runs():
     yield "compat, long searches, offsets", apart(*draw(17, **long), NARROW, tau=0.0, **compat)
     ties = apart(query, torch.full_like(key, 0.5), NARROW, tau=1.0, **{**compat, "gamma": 0.45})
     yield "compat, long searches, equal keys", ties
-    single = Tuning(mass_parts=1, mass_programs=4)
-    yield "compat, narrow tiles", apart(*draw(18, **long), single, tau=0.0, **wide)
-    many = Tuning(mass_programs=4096)
-    yield "compat, many programs", apart(*draw(19, **long), many, tau=0.15, **wide)
     chunk = {**float32, "q": 200, "n": 450}
     yield "compat, masses", masses_apart(*draw(20, **chunk), DEFAULT)
     yield (
