@@ -83,7 +83,7 @@ def runs():
     yield "compat, chunk inside blocks", apart(*draw(12, **chunk), tau=1.0, **compat)
     short = cases["chunk shorter than a block"]
     yield "compat, chunk shorter than a block", apart(*draw(13, **short), tau=1.0, **compat)
-    long = {**float32, "q": 417, "n": 450}
+    long = {**float32, "q": 280, "n": 300}
     yield "compat, hundreds of tokens", apart(*draw(14, **long), tau=0.0, **compat)
     wide = {**compat, "block": 64, "min_budget": 64, "max_budget": 128}
     yield "compat, offsets in three parts", apart(*draw(15, **long), tau=0.15, **wide)
@@ -99,8 +99,8 @@ def runs():
         "compat, masses, narrow tiles, few queries",
         masses_apart(*draw(21, **{**chunk, "q": 100}), Tuning(mass_parts=1, mass_programs=8)),
     )
-    yield "compat, counts", counts(DEFAULT)
-    yield "compat, counts by long searches", counts(Tuning(slots=2))
+    yield "compat, counts", counts(DEFAULT, 0.5, 0.8, 0.875)
+    yield "compat, counts by long searches", counts(Tuning(slots=2), 0.5, 0.75)
 
 
 def masses_apart(query, key, tuning):
@@ -131,7 +131,7 @@ def masses_apart(query, key, tuning):
     }  # fmt: skip
 
 
-def counts(tuning):
+def counts(tuning, *gammas):
     """Count, with ties, where the share is met just so, and what never reaches it."""
     tables = (
         [0.5, 0.3, 0.15, 0.05], [0.5, 0.25, 0.15, 0.1], [0.125] * 8, [0.0, 0.75, 0.0, 0.125],
@@ -144,7 +144,7 @@ def counts(tuning):
     seams[:, 0] = mass[1, :, 0] / 2
     apart = seen = 0
     states = torch.zeros(1, len(tables), 32, 16, device=DEVICE)
-    for gamma in (0.5, 0.75, 0.8, 0.875):
+    for gamma in gammas:
         options = FlexPrefillOptions(block=16, gamma=gamma)
         problem = Problem(states, states, 1.0, options, tuning)
         parts = mass.clone()
