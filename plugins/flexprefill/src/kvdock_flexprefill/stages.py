@@ -52,7 +52,7 @@ class Tuning:
     share_rows: int = 32
     entries: int = 4096
     slots: int = 8192
-    entry_warps: int = 32
+    entry_warps: int = 16
     edge_warps: int = 32
 
 
