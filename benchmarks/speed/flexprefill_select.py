@@ -152,8 +152,9 @@ def time_stages(length: int, mode: str) -> list[dict[str, Any]]:
              "host": host, "device": device, **stages}
         )  # fmt: skip
         listing = "  ".join(f"{name} {ms:.3f}" for name, ms in stages.items())
+        totals = "; ".join(f"{ms:.3f}" for ms in (whole, host, device))
         print(
-            f"{length:>8} {tau:5.2f} {aware:5d} {share:8.3f} {listing}; {whole:.3f}; {host:.3f}; {device:.3f}",
+            f"{length:>8} {tau:5.2f} {aware:5d} {share:8.3f} {listing}; {totals}",
             flush=True,
         )
     return rows

@@ -38,7 +38,7 @@ class Group:
 
     def kernel(self, states: Tensor, weights: list[Tensor], choice: Choice) -> list[Tensor]:
         """Compute it by one kernel."""
-        biases, more = [None] * len(weights), {"lanes": choice.lanes}
+        biases, more = [None] * len(weights), {"lanes": choice.lanes, "early": choice.early}
         with choice.order():
             if self.gated:
                 return [gated_product(states, weights, biases, choice.tile, **more)]

@@ -202,7 +202,10 @@ def test_a_model_runs_by_products_and_is_left_as_it_was(family):
     assert [m for m in model.modules() if "forward" in m.__dict__] == []
 
 
-def test_nothing_is_taken_unless_asked_for(monkeypatch):
+def test_layers_stay_themselves_on_request_and_off_gpus(monkeypatch):
+    pytest.importorskip("triton")
     monkeypatch.delenv("KVDOCK_PRODUCTS", raising=False)
     assert products_of(torch.device("cpu"))._kernels is None
+    assert products_of(torch.device("cuda"))._kernels is not None
+    monkeypatch.setenv("KVDOCK_PRODUCTS", "0")
     assert products_of(torch.device("cuda"))._kernels is None

@@ -26,8 +26,7 @@ try:
 except ImportError:  # a release that cannot wait, so `launch` never lets a kernel start early
     gdc_launch_dependents = gdc_wait = None
 
-_enabled = os.environ.get("KVDOCK_EARLY") == "1"
-"""Off until a GPU has shown that it is right and faster (`benchmarks/speed/projections.py`)."""
+_enabled = os.environ.get("KVDOCK_EARLY") != "0"
 
 
 def launch(device: torch.device) -> dict[str, Any]:

@@ -54,6 +54,7 @@ def products(
     tile: Tile | None = None,
     *,
     lanes: bool | None = None,
+    early: bool | None = None,
 ) -> list[Tensor]:
     """Multiply the same states with up to three weights in one launch.
 
@@ -61,12 +62,13 @@ def products(
         states: [..., K], up to `MOST_ROWS` rows.
         weights: [N, K] each, contiguous. biases: [N] each, all or none of them.
         lanes: multiply in float32 lanes, one row only, else by tensor cores.
+        early: start while the kernel before still runs, where the device can; in lanes by default.
 
     Returns:
         One [..., N] per weight.
     """
     made = [states.new_empty(*states.shape[:-1], weight.shape[0]) for weight in weights]
-    _launch(states, weights, biases, made, False, tile, lanes)
+    _launch(states, weights, biases, made, False, tile, lanes, early)
     return made
 
 
@@ -77,6 +79,7 @@ def gated_product(
     tile: Tile | None = None,
     *,
     lanes: bool | None = None,
+    early: bool | None = None,
 ) -> Tensor:
     """Return SiLU(states · gate) · (states · up), rounded where separate operations round.
 
@@ -84,15 +87,15 @@ def gated_product(
         states: [..., K]. weights: gate and up, [N, K]. biases: theirs, both or none.
     """
     made = states.new_empty(*states.shape[:-1], weights[0].shape[0])
-    _launch(states, weights, biases, [made], True, tile, lanes)
+    _launch(states, weights, biases, [made], True, tile, lanes, early)
     return made
 
 
 def default_tile(rows: int, inputs: int, *, gated: bool) -> Tile:
     """Return how to cut a product of this many rows."""
     if rows == 1:
-        return Tile(4 if gated or inputs > 8192 else 8, 1024, 4 if inputs > 8192 else 8)
-    return Tile(16, 256, 4, 4, 1024)
+        return Tile(1 if gated else 2, min(2048, triton.next_power_of_2(inputs)), 8)
+    return Tile(16, 256, 2, 3 if gated else 4, 1024)
 
 
 def _launch(
@@ -103,6 +106,7 @@ def _launch(
     gated: bool,
     tile: Tile | None,
     lanes: bool | None,
+    early: bool | None,
 ) -> None:
     inputs = states.shape[-1]
     rows = states.numel() // inputs
@@ -112,14 +116,18 @@ def _launch(
     sizes = [weight.shape[0] for weight in weights[:count]] + [0] * (3 - count)
     blocks = [triton.cdiv(size, tile.outputs) for size in sizes]
     biased = biases[0] is not None
+    lanes = rows == 1 if lanes is None else lanes
+    if early is None:  # measured: one row gains by it, a pipeline of tensor cores loses
+        early = lanes
+    start = launch(states.device) if early else {"EARLY": False}
     with torch.cuda.device_of(states):
         _products[(sum(blocks),)](
             states, *_three(weights), *(_three(biases) if biased else (states,) * 3), *_three(made),
             *sizes, blocks[0], blocks[0] + blocks[1], rows, inputs,
-            GATED=gated, BIAS=biased, LANES=rows == 1 if lanes is None else lanes,
+            GATED=gated, BIAS=biased, LANES=lanes,
             N=tile.outputs, K=tile.inputs, ROWS=MOST_ROWS, STAGES=tile.stages,
             AHEAD=_lines(min(tile.ahead, inputs)),
-            num_warps=tile.warps, num_stages=tile.stages, **launch(states.device), **EXACT,
+            num_warps=tile.warps, num_stages=tile.stages, **start, **EXACT,
         )  # fmt: skip
 
 
