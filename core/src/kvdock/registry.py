@@ -78,6 +78,10 @@ class Host:
 
     def load(self, name: str) -> Method:
         """Return the record of a method, importing its plugin if that has not happened yet."""
+        id = canonical(name)
+        # reading the entry points takes longer than all the rest of an attachment
+        if id in self._methods and id not in self._disabled:
+            return self._methods[id]
         entries = self._entries(ENTRY_POINT_GROUP)
         id = self._resolve(name, entries)
         return self._load(id, entries.get(id, []))
