@@ -133,7 +133,7 @@ def broken() -> Suite:
 def install(monkeypatch, *values: str, name: str = "riddles"):
     module = __name__
     entries = [EntryPoint(name, f"{module}:{value}", suites.SUITE_GROUP) for value in values]
-    monkeypatch.setattr(suites, "entry_points", lambda group: entries)
+    monkeypatch.setattr(suites, "_entries", lambda: entries)
     monkeypatch.setattr(EntryPoint, "load", lambda entry: globals()[entry.attr])
 
 

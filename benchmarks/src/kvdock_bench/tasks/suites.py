@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 
 from kvdock_bench.errors import BenchError, did_you_mean
@@ -33,9 +34,15 @@ def get_suite(name: str) -> Suite:
 
 def _installed() -> dict[str, list[EntryPoint]]:
     found: dict[str, list[EntryPoint]] = {}
-    for entry in entry_points(group=SUITE_GROUP):
+    for entry in _entries():
         found.setdefault(entry.name, []).append(entry)
     return found
+
+
+@cache
+def _entries() -> tuple[EntryPoint, ...]:
+    """Read the entry points once; a run asks for its suite with every batch."""
+    return tuple(entry_points(group=SUITE_GROUP))
 
 
 def _load(name: str, claims: list[EntryPoint]) -> Suite:
