@@ -58,6 +58,18 @@ def _one_thread():
     torch.set_num_threads(before)
 
 
+@pytest.fixture
+def drawn():
+    """Ask for the plots of the runs that a test makes."""
+
+
+@pytest.fixture(autouse=True)
+def _undrawn(request, monkeypatch):
+    """Leave plots out where no test looks at them; drawing costs more than running."""
+    if "drawn" not in request.fixturenames:
+        monkeypatch.setattr("kvdock_bench.page.make_plots", lambda summary: [])
+
+
 @pytest.fixture(autouse=True)
 def fake_method(monkeypatch):
     """A method "fake" in the host of this process; `attach` is a stand-in of each test."""

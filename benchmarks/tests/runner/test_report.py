@@ -12,6 +12,8 @@ from kvdock_bench.session import bench
 from kvdock_bench.statistics import mean_of_groups, paired_difference, pareto_front
 from kvdock_bench.tables import clock, length_name, size
 
+pytestmark = pytest.mark.usefixtures("drawn")
+
 NASTY = "<script>alert('x')</script> & </td> {{ 7 * 7 }}"
 
 

@@ -21,6 +21,7 @@ def records(folder):
     ]
 
 
+@pytest.mark.usefixtures("drawn")
 def test_a_run_leaves_every_result(with_fake, plain_attach, capsys):
     assert bench(with_fake, attach=plain_attach) == 0
     folder = with_fake.output_dir / "run"

@@ -29,7 +29,7 @@ __all__ = ["CHECKS", "FAMILIES", "Case", "check_method", "left_padded", "residue
 
 LENGTHS = (97, 70, 33)
 BUDGET = 48
-NEW = 24
+NEW = 16
 
 
 @dataclass(frozen=True)

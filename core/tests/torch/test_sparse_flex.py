@@ -35,4 +35,6 @@ def test_more_shapes_than_torch_compiles_by_default():
         mask = block_mask(grid, rows=rows, heads=heads, share=1.1)
         expected = oracle(query, key, value, mask, grid, dim**-0.5)
         torch.testing.assert_close(found.double(), expected, atol=1e-5, rtol=1e-5)
+        if len(programs) > USUAL_LIMIT:
+            break
     assert len(programs) > USUAL_LIMIT
