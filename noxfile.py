@@ -32,7 +32,8 @@ nox.needs_version = ">=2025.5.1"
 nox.options.default_venv_backend = "uv|virtualenv"
 nox.options.error_on_missing_interpreters = True
 
-WORKERS = ("-n", "2")
+WORKERS = ("-n", "2", "--dist", "worksteal")
+"""Each worker begins with its own half, so that what a file's tests share is made once."""
 UNPINNED = (
     "--deselect",
     "tests/packaging/test_environments.py::test_this_process_runs_in_one_of_the_environments_or_none",
@@ -98,7 +99,7 @@ def kernels(session: nox.Session) -> None:
     session.install(*pins("general"), *editable(*FOLDERS[:-1]), *group("test"), triton)
     folders = [f"{folder}/tests" for folder in FOLDERS[:-1]]
     # a file's tests read what one run of its kernels left, so they stay together
-    together = (*WORKERS, "--dist", "loadfile")
+    together = ("-n", "2", "--dist", "loadfile")
     session.run("pytest", *together, "-m", "interpret", *folders, *session.posargs)
 
 
@@ -180,11 +181,15 @@ def docs(session: nox.Session) -> None:
 
 @nox.session(default=False, tags=["drift"])
 def latest(session: nox.Session) -> None:
-    """Test everything on the newest releases that the ranges allow, without pins."""
-    session.install(
-        "--upgrade", *editable(*FOLDERS, extras="[longbench]"), "accelerate", *group("test")
-    )
-    session.run("pytest", *WORKERS, *UNPINNED, *tests_of(FOLDERS), *session.posargs)
+    """Test everything on the newest releases that the ranges allow, without pins.
+
+    All but torch, which stays as it is pinned; `-- torch` takes the newest of it too, with
+    gigabytes of CUDA libraries unless UV_TORCH_BACKEND=cpu is set.
+    """
+    torch, arguments = torch_pin(session.posargs)
+    newest = [*editable(*FOLDERS, extras="[longbench]"), "accelerate", *group("test")]
+    session.install("--upgrade", *torch, *newest)
+    session.run("pytest", *WORKERS, *UNPINNED, *tests_of(FOLDERS), *arguments)
 
 
 @nox.session(default=False, tags=["drift"])
@@ -194,14 +199,19 @@ def minimums(session: nox.Session) -> None:
     All but torch, which stays as it is pinned; `-- torch` takes the lowest of it too, for which
     the package index has CUDA builds only.
     """
+    torch, arguments = torch_pin(session.posargs)
     lowest = [*floors(), *floors("hf")]
-    if "torch" not in session.posargs:
+    if torch:
         lowest = [line for line in lowest if not line.startswith("torch==")]
-        lowest.append(pinned("general", "torch"))
-    session.install(*lowest, *editable(*FOLDERS[:-1]), *group("test"))
+    session.install(*torch, *lowest, *editable(*FOLDERS[:-1]), *group("test"))
     chosen = ("-m", "not slow and not versionless")
-    arguments = [argument for argument in session.posargs if argument != "torch"]
     session.run("pytest", *WORKERS, *chosen, *UNPINNED, *tests_of(FOLDERS[:-1]), *arguments)
+
+
+def torch_pin(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """Return torch's pin, or nothing where "torch" is asked for, and the arguments for pytest."""
+    torch = [] if "torch" in arguments else [pinned("general", "torch")]
+    return torch, [argument for argument in arguments if argument != "torch"]
 
 
 @nox.session(default=False, tags=["lock"])
