@@ -36,7 +36,7 @@ def test_decode_and_later_turns_agree_with_float64(runs, measure):
 
 @pytest.mark.interpret
 def test_half_precision_answers_are_as_near_as_a_half_can_be(runs):
-    assert len(runs["turns"]) == (93 if torch.cuda.is_available() else 28)
+    assert len(runs["turns"]) == (93 if torch.cuda.is_available() else 26)
     errors = {name: run["output"] for name, run in runs["turns"].items()}
     assert {name: error for name, error in errors.items() if not error <= 2e-3} == {}
     # a float16 below 4 is rounded by 2^-10 at most; a turn's own errors stay far below that
