@@ -47,30 +47,33 @@ STYLE = {
 def draw_long_prompts() -> Figure:
     """Draw cache, peak memory and added time at 131 072 tokens, and a captured decode step."""
     runs, steps = long_prompts(), step_ms()
-    order = [id for id in NAMES if id in runs][::-1]
+    names = {**NAMES, "kivi": "KIVI, 4 bits", "think": "ThinK, ratio 0.375"}
+    order = [id for id in names if id in runs and id in steps][::-1]
+    shown = [names[id] for id in order]
     full = runs["snapkv"]
     panels: tuple[tuple[str, list[float], float | None, str], ...] = (
         ("KV cache, GiB", [runs[id].kv_gib for id in order], full.kv_full_gib, ".2f"),
         ("peak memory, GiB", [runs[id].peak_gib for id in order], full.peak_full_gib, ".1f"),
-        ("time to first token, + %", [100 * runs[id].overhead for id in order], None, ".1f"),
-        ("captured step at 4K, ms", [steps[id] for id in order], None, ".1f"),
+        ("time to first token, added %", [100 * runs[id].overhead for id in order], None, ".1f"),
+        ("captured step at 32K, ms", [steps[id] for id in order], None, ".1f"),
     )
-    figure = Figure(figsize=(11, 3.4), layout="constrained")
+    figure = Figure(figsize=(11.5, 3.9), layout="constrained")
     for place, (title, values, reference, form) in enumerate(panels):
         axes = figure.add_subplot(1, len(panels), place + 1)
-        names = [NAMES[id] for id in order]
         if reference is not None:
-            names, values = [*names, "full cache"], [*values, reference]
+            rows, values = [*shown, "full cache"], [*values, reference]
         else:
-            names, values = [*names, ""], [*values, 0]
+            rows, values = [*shown, ""], [*values, 0]
         colours = [COLOURS[0]] * len(order) + [SOFT]
-        bars = axes.barh(range(len(names)), values, color=colours, height=0.7)
+        bars = axes.barh(range(len(rows)), values, color=colours, height=0.7)
         labels = [
-            format(value, form) if name else "" for name, value in zip(names, values, strict=True)
+            format(value, form) if name else "" for name, value in zip(rows, values, strict=True)
         ]
         axes.bar_label(bars, labels, padding=3)
-        axes.set_yticks(range(len(names)), names if place == 0 else [""] * len(names))
-        axes.set_xlim(0, 1.25 * max(values))
+        axes.set_yticks(range(len(rows)), rows if place == 0 else [""] * len(rows))
+        least, most = min(0, *values), max(values)
+        axes.set_xlim(least - 0.3 * (most - least) * (least < 0), most + 0.25 * (most - least))
+        axes.axvline(0, color=SOFT, linewidth=1)
         axes.set_title(title, loc="left")
         _plain(axes, "x")
     return figure

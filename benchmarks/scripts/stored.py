@@ -42,7 +42,7 @@ def long_prompts() -> dict[str, LongPrompt]:
 
 
 def step_ms() -> dict[str, float]:
-    """Return the captured decode step of every method after 4096 tokens, one row, in ms."""
+    """Return the captured decode step of every method after 32 768 tokens, one row, in ms."""
     runs = _read(RESULTS / "decode-graph-h100" / "speed_1.json")["speed"]
     return {run["system"]: run["ms_per_token"] for run in runs if run["graph"] == "auto"}
 
@@ -62,7 +62,7 @@ def think_saving(ratio: str) -> float:
 
 def sparse_prompt(method: str, density: str = "10%") -> float:
     """Return the time to first token over the fastest dense attention's, as a share."""
-    rows = _read(RESULTS / "sparse-prefill-h100" / "ttft.json")["sections"]["ttft"]
+    rows = _read(RESULTS / "sparse-prefill-h100" / "ttft_128k.json")["sections"]["ttft"]
     rows = [row for row in rows if row["tokens"] == TOKENS]
     dense = min(row["ttft_ms"] for row in rows if row["system"].startswith("dense"))
     mine = [

@@ -233,7 +233,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--new-tokens", type=int, default=33)
     parser.add_argument("--repeats", type=int, default=2)
-    parser.add_argument("--warm-up-tokens", type=int, default=8192)
+    parser.add_argument("--warm-up-tokens", type=int, default=20_480)
     parser.add_argument("--check-up-to", type=int, default=32_768)
     parser.add_argument("--out")
     return parser.parse_args()

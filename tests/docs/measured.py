@@ -12,15 +12,11 @@ import stored  # noqa: E402  (a program's folder, not a package)
 
 WORDS = {
     "en": {
-        "bits": "{bits} bits, 32K",
-        "ratio": "ratio {ratio}",
         "unchanged": "unchanged",
         "blocks": "{share} of the blocks",
         "none": "not measured",
     },
     "zh": {
-        "bits": "{bits} 比特，32K",
-        "ratio": "比例 {ratio}",
         "unchanged": "不变",
         "blocks": "保留 {share} 的块",
         "none": "未测",
@@ -38,15 +34,9 @@ def cells(id: str, language: str = "en") -> tuple[str, str]:
     if id in runs:
         run = runs[id]
         times = run.kv_full_gib / run.kv_gib
-        memory = f"{run.kv_full_gib:.1f} → {run.kv_gib:.2f} GiB ({times:.0f}×)"
+        ratio = f"{times:.0f}" if times >= 10 else f"{times:.1f}"
+        memory = f"{run.kv_full_gib:.1f} → {run.kv_gib:.2f} GiB ({ratio}×)"
         return _link(memory, "long-prompt-h100"), _link(f"{run.overhead:+.1%}", "long-prompt-h100")
-    if id == "kivi":
-        full, held = stored.row_gib("full"), stored.row_gib("kivi-2")
-        detail = f"{full / held:.1f}×, {words['bits'].format(bits=2)}"
-        return _link(f"{full:.1f} → {held:.2f} GiB ({detail})", "storage-h100"), words["none"]
-    if id == "think":
-        detail = words["ratio"].format(ratio=0.5)
-        return _link(f"−{stored.think_saving('0.5'):.0%} ({detail})", "storage-h100"), words["none"]
     if id in ("flexprefill", "xattention"):
         detail = words["blocks"].format(share="10 %")
         time = f"{stored.sparse_prompt(id):+.0%} ({detail})"

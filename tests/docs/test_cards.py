@@ -52,7 +52,8 @@ def measured_text(id):
 @pytest.mark.parametrize("id", sorted(stored.long_prompts()))
 def test_long_prompts_are_quoted_as_stored(id):
     run, text = stored.long_prompts()[id], measured_text(id)
-    assert f"time to first token {100 * run.overhead:+.1f} %" in text
+    overhead = f"{100 * run.overhead:+.1f} %".replace("-", "−")
+    assert f"time to first token {overhead}" in text
     assert f"cache {run.kv_gib:.2f} GiB instead of {run.kv_full_gib:.1f}" in text
     assert f"peak memory {run.peak_gib:.1f} GiB instead of {run.peak_full_gib:.1f}" in text
 
