@@ -133,7 +133,7 @@ def kernel_runs():
     yield "wide window", least_attended(61, window=40, pool=9)
 
 
-def model_run(method, family):
+def model_run(method, family, tokens_alone=8, tokens_padded=4):
     """Say whether tokens and states of kernels equal those of the policy's own operations."""
     model_case = Case(method, family)
     model = model_case.model().to(DEVICE)
@@ -151,8 +151,8 @@ def model_run(method, family):
 
         frozen.fused_release = counted
         with model_case.attach(model, graph="auto") as dock:
-            tokens = [generate(model, one, max_new_tokens=12)]
-            tokens.append(generate(model, rows, max_new_tokens=6))
+            tokens = [generate(model, one, max_new_tokens=tokens_alone)]
+            tokens.append(generate(model, rows, max_new_tokens=tokens_padded))
             kept = [dock.kept_positions(layer) for layer in range(model.config.num_hidden_layers)]
         runs.append((tokens, kept))
     frozen.fused_release = original
@@ -179,5 +179,5 @@ models = {
 }
 # kernels that give nothing up must not be taken
 frozen_release.release_kernels = lambda: SimpleNamespace(drop_oldest=lambda *given: None)
-refused = model_run("streamingllm", "llama")
+refused = model_run("streamingllm", "llama", 3, 2)
 print(json.dumps({"kernels": kernels, "models": models, "refused": refused}))

@@ -36,7 +36,7 @@ def found():
 @pytest.mark.interpret
 def test_products_round_once(found):
     runs = found["runs"]
-    assert len(runs) >= 60
+    assert len(runs) >= 50
     # half a unit for the one rounding; float32 has no wider sum, a gate rounds three times
     limits = {"products": 0.51, "cores": 0.51, "gated": 2.0, "halves": 2.0}
     wrong = {}

@@ -100,7 +100,7 @@ def runs():
         masses_apart(*draw(21, **{**chunk, "q": 100}), Tuning(mass_parts=1, mass_programs=8)),
     )
     yield "compat, counts", counts(DEFAULT, 0.5, 0.8, 0.875)
-    yield "compat, counts by long searches", counts(Tuning(slots=2), 0.5, 0.75)
+    yield "compat, counts by long searches", counts(Tuning(slots=2), 0.75)
 
 
 def masses_apart(query, key, tuning):
