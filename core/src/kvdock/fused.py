@@ -254,7 +254,7 @@ def _attention_case(module: Any, hidden: Tensor) -> tuple[Any, ...]:
     plan = SimpleNamespace(config=module.config)
     layer = SimpleNamespace(session=SimpleNamespace(plan=plan, attend=attend), rank=0)
 
-    def update(key: Tensor, value: Tensor, index: int) -> tuple[KVHandle, KVHandle]:
+    def update(key: Tensor, value: Tensor, *more: Any, **named: Any) -> tuple[KVHandle, KVHandle]:
         handle = KVHandle(layer, key, value)
         return handle, handle
 
