@@ -207,6 +207,9 @@ def minimums(session: nox.Session) -> None:
     session.install(*torch, *lowest, *editable(*FOLDERS[:-1]), *group("test"))
     chosen = ("-m", "not slow and not versionless")
     session.run("pytest", *WORKERS, *chosen, *UNPINNED, *tests_of(FOLDERS[:-1]), *arguments)
+    # a model split over processes looks different in old releases, which need accelerate for it
+    session.install("accelerate", *lowest)
+    session.run("pytest", "-m", "slow", "tests/contract/test_tensor_parallel.py")
 
 
 def torch_pin(arguments: list[str]) -> tuple[list[str], list[str]]:

@@ -35,8 +35,9 @@ def load_weights(source: str, dtype: str, place: Place, *, trust_remote_code: bo
         model: Any = AutoModelForCausalLM.from_pretrained(source, **given, **split)
         if find_shard(model, model.config.get_text_config(decoder=True)).size != place.ranks:
             raise BenchError(
-                f"--parallel tp: transformers has no plan that splits {model.config.model_type}"
-                f" models over {place.ranks} processes. Use --parallel map."
+                f"--parallel tp: transformers has no plan that splits the heads of"
+                f" {model.config.model_type} models over {place.ranks} processes, so that every"
+                " one would hold the whole cache. Use --parallel map."
             )
         return model
     if len(place.devices) > 1:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -157,6 +158,28 @@ def _configs(model: PreTrainedModel) -> list[Any]:
             if sub is not None:
                 found[id(sub)] = sub
     return [config for config in found.values() if hasattr(config, "_attn_implementation_internal")]
+
+
+def splits_states(model: Any, name: str, layer: Any) -> bool | None:
+    """Say whether transformers' plan gives every process its part of a layer's states.
+
+    Returns:
+        None where no plan names the layer. False too where a weight is split, but its output is
+        gathered ("colwise_gather_output") or its input cut here ("rowwise_split_input").
+    """
+    style = getattr(layer, "_hf_tp_plan", None)
+    if style is None:
+        plan = getattr(model, "tp_plan", None) or {}
+        style = plan.get(re.sub(r"\.\d+(?=\.|$)", ".*", name))
+    return None if style is None else str(style).endswith("wise")
+
+
+def plain_mesh(layer: Any) -> Any:
+    """Return the processes that share a layer whose weights are plain tensors.
+
+    So it is with transformers 5.4; later the weights are DTensors and know it themselves.
+    """
+    return getattr(layer, "_hf_device_mesh", None)
 
 
 def passthrough_layers(config: Any) -> list[Any]:

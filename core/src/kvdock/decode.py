@@ -101,8 +101,8 @@ def _obstacle(model: Any, plan: DockPlan, capture: bool) -> str | None:
         return f"the storage of {methods} decides on the host when it packs entries"
     if len(plan.managed) != plan.config.num_hidden_layers:
         return "some of the model's layers keep a cache of their own (sliding window or linear)"
-    if plan.facts.shard.size > 1:
-        return "its heads are split over processes, which would have to capture in step"
+    if plan.facts.shard.kv_heads is not None:
+        return "it is split over processes, which would have to capture in step"
     devices = {str(parameter.device) for parameter in model.parameters()}
     if len(devices) > 1 or hasattr(model, "_hf_hook"):
         return f"the model is spread over devices ({', '.join(sorted(devices))}) or offloaded"

@@ -70,6 +70,7 @@ class LayerStore:
         """
         layout.check_past(self.ledger.tokens or [0] * layout.batch)
         if not self.open:
+            self.plan.facts.shard.check(key.shape[1])
             self.ledger.begin_turn(layout.batch)
             self.open, self._tails = True, [None] * layout.batch
         self._params = params

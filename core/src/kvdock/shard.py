@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from kvdock.errors import UnsupportedError
@@ -20,11 +21,13 @@ class HeadShard:
 
     Args:
         group: the processes that share the model, for torch.distributed.
+        kv_heads: key/value heads of this part; None where a process has the model to itself.
     """
 
     rank: int = 0
     size: int = 1
     group: Any = None
+    kv_heads: int | None = None
 
     def place(self, heads: int) -> slice:
         """Return where this process's ``heads`` lie among the heads of all."""
@@ -40,6 +43,18 @@ class HeadShard:
         torch.distributed.all_reduce(whole, group=self.group)
         return whole
 
+    def check(self, kv_heads: int) -> None:
+        """Raise where a layer brings other key/value heads than those this part was taken for."""
+        if self.kv_heads not in (None, kv_heads):
+            import transformers
+
+            raise UnsupportedError(
+                f"a layer brings {kv_heads} key/value heads to this process, and {self.kv_heads}"
+                f" were expected of part {self.rank + 1} of {self.size}: transformers"
+                f" {transformers.__version__} splits this model in a way kvdock does not know."
+                " Spread it by layers (device_map), or split it with a newer transformers."
+            )
+
 
 WHOLE = HeadShard()
 """What a process holds that has the model to itself."""
@@ -51,18 +66,34 @@ def find_shard(model: Any, config: Any) -> HeadShard:
 
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return WHOLE
-    from torch.distributed.tensor import DTensor, Shard
+    from kvdock import compat
 
-    for module in model.modules():
+    for name, module in model.named_modules():
         if not type(module).__name__.endswith("Attention"):
             continue
-        for weight in module.parameters():
-            if not isinstance(weight, DTensor):
+        for inner, layer in module.named_modules(prefix=name):
+            if compat.splits_states(model, inner, layer) is False:
                 continue
+            for mesh, split in _splits(layer):
+                return _checked(_part(mesh, split), config)
+    # a plan that is not understood shows in the heads that arrive
+    return WHOLE if (getattr(model, "tp_size", None) or 1) == 1 else _checked(WHOLE, config)
+
+
+def _splits(layer: Any) -> Iterator[tuple[Any, list[int]]]:
+    """Return the mesh of processes, and its dimensions that split the layer's own weights."""
+    from torch.distributed.tensor import DTensor, Shard
+
+    from kvdock import compat
+
+    for weight in layer.parameters(recurse=False):
+        if isinstance(weight, DTensor):
             split = [dim for dim, place in enumerate(weight.placements) if isinstance(place, Shard)]
             if split:
-                return _checked(_part(weight.device_mesh, split), config)
-    return WHOLE
+                yield weight.device_mesh, split
+    mesh = compat.plain_mesh(layer)
+    if mesh is not None:
+        yield mesh, [0]
 
 
 def _part(mesh: Any, split: list[int]) -> HeadShard:
@@ -85,4 +116,4 @@ def _checked(shard: HeadShard, config: Any) -> HeadShard:
             f"{heads} query heads and {kv_heads} key/value heads cannot be split evenly over"
             f" {shard.size} processes. Use a divisor of {kv_heads}."
         )
-    return shard
+    return replace(shard, kv_heads=kv_heads // shard.size)
