@@ -50,10 +50,6 @@ class Actor:
         except Exception as error:
             raise harmless(error) from error
 
-    def gpus(self) -> list[str]:
-        """Return the GPUs Ray gave to this process."""
-        return list(ray.get_runtime_context().get_accelerator_ids()["GPU"])
-
 
 class RayMember:
     """One actor and what it has not reported yet."""
