@@ -6,10 +6,12 @@ Sections, each a program run of its own if asked so (< 80 s each at the defaults
     leak     allocated and reserved memory over 50 attach / generate / detach rounds
     speed    ms per token on the Llama-3.1-8B shape, with the time to capture and the floor
     static   the same step of the plain model: eager, and captured with a static cache
+    apart    as speed, one process for every system, and the peers that can be imported
     capture  what captured decode costs before it runs: first use ever, new process, second use
 
     python benchmarks/speed/decode_graph.py check leak
     python benchmarks/speed/decode_graph.py speed --batch 1 --length 32768 --out RESULTS.json
+    python benchmarks/speed/decode_graph.py apart --peer-python OTHER/bin/python --out RESULTS.json
 
 What stands in the file of results already stays, so that short runs fill one table.
 """
@@ -19,18 +21,15 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import os
 import statistics
-import subprocess
-import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
+from baseline import GIB, Marks, cache_bytes, llama_8b, weight_bytes
+from decode_apart import apart, capture
 from decode_check import LENGTHS, Captures, check, on_gpu
-from long_prompt import llama_8b
-from measure import GIB, environment, event
+from measure import environment, event
 from transformers import LogitsProcessorList, StaticCache
 
 import kvdock
@@ -54,8 +53,9 @@ def main() -> None:
             made[section] = f"{type(error).__name__}: {error}"
             print(section, "failed:", made[section], flush=True)
     measured = environment(shape=f"Llama-3.1-8B, random, bfloat16, {args.layers}")
-    for run in made.get("speed") or []:
-        if "bytes_read" in run:
+    for run in [*(made.get("speed") or []), *(made.get("apart") or [])]:
+        known = isinstance(run, dict) and {"bytes_read", "ms_per_token"} <= {*run}
+        if known and "copy_tb_per_s" in measured:
             floor = run["bytes_read"] / measured["copy_tb_per_s"] / 1e9
             run["floor_ms"] = round(floor, 3)
             run["of_floor"] = round(floor / run["ms_per_token"], 3)
@@ -63,6 +63,7 @@ def main() -> None:
         record[section] = merged(record.get(section), value)
     record.setdefault("environments", []).append(measured)
     print_table(record.get("speed"))
+    print_table(record.get("apart"))
     if args.out:
         beside = Path(args.out).with_suffix(".part")
         beside.write_text(json.dumps(record, indent=1) + "\n")
@@ -94,68 +95,19 @@ def leak(args: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
-class Marks:
-    """Record an event at every new token, as a logits processor."""
-
-    def __init__(self) -> None:
-        self.events: list[torch.cuda.Event] = []
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Return the scores untouched."""
-        self.events.append(event())
-        return scores
-
-    def milliseconds(self) -> float:
-        """Return the median time of a step, the first five left out (warm-up, capture)."""
-        torch.cuda.synchronize()
-        pairs = zip(self.events[5:], self.events[6:], strict=False)
-        return statistics.median(start.elapsed_time(stop) for start, stop in pairs)
-
-    def start_seconds(self) -> float | None:
-        """Return what the first three steps took beyond three steps: compiling, capturing."""
-        if len(self.events) < 8:
-            return None
-        usual = self.milliseconds()
-        return round((self.events[0].elapsed_time(self.events[3]) - 3 * usual) / 1e3, 3)
-
-
 def speed(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Time every method eagerly and captured, beside the plain model's full cache."""
     model = llama_8b(args.layers)
     prompt = torch.randint(10, 120_000, (args.batch, args.length), device="cuda")
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    weights -= model.get_input_embeddings().weight.numel() * 2  # only a row of it is read
-    runs = [] if args.alone else [_timed(model, prompt, "full", None, weights, args)]
-    for method in args.methods or kvdock.available():
-        for mode in ("auto",) * args.alone if args.alone else (False, "auto"):
-            runs.append(_timed(model, prompt, method, mode, weights, args))
-    return runs
-
-
-def capture(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Time the start of captured decode in processes of their own, the first without a cache."""
-    rows = []
-    for method in args.methods or ["snapkv"]:
-        with tempfile.TemporaryDirectory() as folder:
-            for starts in (["first use ever", "second use"], ["new process", "second use after"]):
-                path = Path(folder) / "runs.json"
-                path.unlink(missing_ok=True)
-                command = [sys.executable, __file__, "speed", "--alone", "2", "--methods", method]
-                for name in ("batch", "length", "budget", "layers", "new-tokens"):
-                    command += [f"--{name}", str(getattr(args, name.replace("-", "_")))]
-                where = os.environ | {"TRITON_CACHE_DIR": f"{folder}/triton"}
-                subprocess.run([*command, "--out", str(path)], env=where, check=True)
-                runs = json.loads(path.read_text())["speed"]
-                for start, run in zip(starts, runs, strict=True):
-                    row = {name: run.get(name) for name in CASE} | {"start": start}
-                    row |= {name: run.get(name) for name in ("start_s", "capture_s", "error")}
-                    rows.append(row)
-                    print(json.dumps(row), flush=True)
-    return rows
+    jobs: list[tuple[str, Any]] = [("full", None)] if "full" in args.modes else []
+    known = {"eager": False, "graph": "auto"}
+    graphs = [known[mode] for mode in args.modes if mode in known]
+    jobs += [(method, mode) for method in args.methods or kvdock.available() for mode in graphs]
+    return [_timed(model, prompt, *job, args) for job in jobs]
 
 
 def _timed(
-    model: Any, prompt: torch.Tensor, system: str, mode: Any, weights: int, args: Any
+    model: Any, prompt: torch.Tensor, system: str, mode: Any, args: argparse.Namespace
 ) -> dict[str, Any]:
     row: dict[str, Any] = {"system": system, "graph": mode, "batch": args.batch}
     row |= {"length": args.length, "budget": args.budget if system != "full" else None}
@@ -168,9 +120,8 @@ def _timed(
     try:
         if system == "full":
             output = model.generate(**batch, **settings, return_dict_in_generate=True)
-            layers = output.past_key_values.layers
-            held = sum(t.untyped_storage().nbytes() for x in layers for t in (x.keys, x.values))
-            del output, layers
+            held = cache_bytes(output.past_key_values)
+            del output
         else:
             budget = {"budget": args.budget}
             if not any(r.default_budget for r in Case(system).records):
@@ -180,8 +131,8 @@ def _timed(
                 held = dock.report().bytes_held
             row |= {"captures": captures.count, "capture_s": round(captures.seconds, 3)}
             row["failed"] = captures.failed
-        row |= {"ms_per_token": round(marks.milliseconds(), 3), "kv_gib": round(held / GIB, 3)}
-        row |= {"bytes_read": weights + held, "start_s": marks.start_seconds()}
+        row |= {"ms_per_token": round(marks.step_ms(), 3), "kv_gib": round(held / GIB, 3)}
+        row |= {"bytes_read": weight_bytes(model) + held, "start_s": marks.start_seconds()}
     except Exception as error:
         row["error"] = f"{type(error).__name__}: {error}"
     print(json.dumps(row), flush=True)
@@ -240,6 +191,7 @@ SECTIONS = {
     "leak": leak,
     "speed": speed,
     "static": static,
+    "apart": apart,
     "capture": capture,
 }
 
@@ -254,9 +206,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--budget", type=int, default=2048)
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--new-tokens", type=int, default=40)
-    parser.add_argument(
-        "--alone", type=int, default=0, metavar="N", help="time captured runs alone, N of each"
-    )
+    modes = ["full", "eager", "graph", "peers"]
+    parser.add_argument("--modes", nargs="+", choices=modes, default=modes, metavar="MODE")
+    parser.add_argument("--peer-python", help="interpreter that can import the peers")
     parser.add_argument("--out")
     return parser.parse_args()
 

@@ -22,8 +22,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from baseline import llama_8b
 from gemv import DOT, FMA, compile_one, linear
-from long_prompt import llama_8b
 from measure import COLD, cold_microseconds, environment
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile

@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from long_prompt import llama_8b
-from measure import GIB, environment
+from baseline import GIB, llama_8b
+from measure import environment
 
 import kvdock
 from kvdock.testing import Case

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import itertools
 import json
 import statistics
 from contextlib import ExitStack
@@ -18,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import GIB, environment, event
-from transformers import LlamaConfig, LlamaForCausalLM, LogitsProcessor, LogitsProcessorList
+from baseline import GIB, Marks, cache_bytes, llama_8b
+from measure import environment, event
+from transformers import LlamaForCausalLM, LogitsProcessorList
 
 import kvdock
 from kvdock.kernels.sdpa import SDPABackend
@@ -45,41 +45,6 @@ def main() -> None:
     print_table(record["runs"])
     if args.out:
         Path(args.out).write_text(json.dumps(record, indent=1) + "\n")
-
-
-def llama_8b(layers: int) -> LlamaForCausalLM:
-    """Return a model of Llama-3.1-8B's shape with random bfloat16 weights, on the GPU."""
-    config = LlamaConfig(
-        vocab_size=128_256,
-        hidden_size=4096,
-        intermediate_size=14_336,
-        num_hidden_layers=layers,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        max_position_embeddings=131_072 + 1024,
-        rope_theta=500_000.0,
-        eos_token_id=None,
-        pad_token_id=0,
-        attn_implementation="sdpa",
-    )
-    torch.manual_seed(0)
-    torch.set_default_dtype(torch.bfloat16)
-    with torch.device("cuda"):
-        model = LlamaForCausalLM(config)
-    torch.set_default_dtype(torch.float32)
-    return model.eval()
-
-
-class Marks(LogitsProcessor):
-    """Record a CUDA event at every new token."""
-
-    def __init__(self) -> None:
-        self.events = [event()]
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Return the scores untouched."""
-        self.events.append(event())
-        return scores
 
 
 def measure(
@@ -108,10 +73,9 @@ def measure(
             )
             torch.cuda.synchronize()
             peak = torch.cuda.max_memory_allocated()
-            pairs = itertools.pairwise(marks.events)
-            times = [start.elapsed_time(stop) for start, stop in pairs]
+            times = marks.every_ms()
             spent = selection.milliseconds() if selection else 0.0
-            cache_bytes = held(output.past_key_values, dock)
+            bytes_held = held(output.past_key_values, dock)
             del output, marks
             if text is prompt:
                 ttft.append(times[0])
@@ -127,7 +91,7 @@ def measure(
         "selection_ms": round(statistics.median(choosing), 2),
         "every_ttft_ms": [round(time, 2) for time in ttft],
         "peak_gib": round(peak / GIB, 3),
-        "kv_gib": round(cache_bytes / GIB, 4),
+        "kv_gib": round(bytes_held / GIB, 4),
         "repeats": args.repeats,
     }
 
@@ -160,8 +124,7 @@ def held(cache: Any, dock: Any) -> int:
     """Return the bytes of keys and values a cache has allocated."""
     if dock is not None:
         return int(dock.report().bytes_held)
-    tensors = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
-    return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
+    return cache_bytes(cache)
 
 
 class SelectionTimer:

@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 import transformers
+from baseline import GIB
 
 import kvdock
 from kvdock.graph import side_stream
 
-GIB = 2**30
 COLD = 160 * 2**20
 """Bytes between two uses of the same memory: three times the second-level cache of an H100."""
 

@@ -17,8 +17,8 @@ from itertools import product
 from typing import Any
 
 import torch
-from long_prompt import llama_8b
-from measure import GIB, event
+from baseline import GIB, llama_8b
+from measure import event
 from sparse_cases import SCALING, random_lists, states
 from sparse_kernels import Rows, table
 from sparse_selection import Select, said, selectors
